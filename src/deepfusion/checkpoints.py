@@ -1,0 +1,254 @@
+"""Streaming safetensors I/O on Hugging Face checkpoint folders.
+
+Reading holds one tensor in memory, writing one shard, whatever the size of the checkpoint.
+Pickled weights (`.bin`, `.pt`) are never opened: they can run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from deepfusion.errors import InputError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TOKENIZER_PATTERNS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "*.model",
+)
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class TensorReader:
+    """The tensors of a checkpoint folder, read one at a time; a context manager.
+
+    Args:
+        folder: holds `model.safetensors`, or shards with `model.safetensors.index.json`.
+
+    Raises:
+        InputError: no folder, no safetensors weights, or a damaged file or index.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self._files: dict[str, safe_open] = {}
+        self._file_of: dict[str, str] = {}
+        for name in self._shard_names():
+            handle = self._open(name)
+            self._files[name] = handle
+            self._file_of.update(dict.fromkeys(handle.keys(), name))
+
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self._file_of)
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor `name`, on the CPU, in its stored dtype."""
+        return self._handle(name).get_tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor `name`, without reading its data."""
+        return tuple(self._handle(name).get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of the tensor `name`, without reading its data."""
+        code = self._handle(name).get_slice(name).get_dtype()
+        if code not in _DTYPES:
+            raise InputError(
+                f"tensor {name} has dtype {code}", where=self.folder, allowed=", ".join(_DTYPES), code="weights-dtype"
+            )
+        return _DTYPES[code]
+
+    def close(self) -> None:
+        """Lets go of the files; the reader is empty afterwards."""
+        self._files.clear()
+        self._file_of.clear()
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _shard_names(self) -> list[str]:
+        if (self.folder / INDEX).is_file():
+            try:
+                files = set(json.loads((self.folder / INDEX).read_text())["weight_map"].values())
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise InputError("the weight index cannot be read", where=self.folder / INDEX, code="weights-index") from error
+            # An index comes from others: it must not reach outside of its folder.
+            if not files or any(not isinstance(f, str) or Path(f).name != f or f in (".", "..") for f in files):
+                raise InputError("the weight index names no plain file", where=self.folder / INDEX, code="weights-index")
+            return sorted(files)
+        if (self.folder / WEIGHTS).is_file():
+            return [WEIGHTS]
+        pickled = any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt*"))
+        raise InputError(
+            "only pickled weights, which can run code and are not read" if pickled else "no weights",
+            where=self.folder,
+            allowed=f"{WEIGHTS}, or shards with {INDEX}",
+            fix="save it with model.save_pretrained(folder)",
+            code="weights-missing",
+        )
+
+    def _open(self, name: str) -> safe_open:
+        path = self.folder / name
+        try:
+            return safe_open(str(path), framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"not a readable safetensors file ({error})", where=path, code="weights-damaged") from error
+
+    def _handle(self, name: str) -> safe_open:
+        if name not in self._file_of:
+            raise InputError(f"no tensor {name}", where=self.folder, code="weights-tensor-missing")
+        return self._files[self._file_of[name]]
+
+
+class TensorWriter:
+    """Writes tensors into a checkpoint folder one by one; a context manager.
+
+    `close` leaves `model.safetensors`, or numbered shards and `model.safetensors.index.json`, on disk (fsync'ed).
+    If the block of the context manager raises, the unfinished shards are removed.
+
+    Args:
+        folder: created if needed.
+        shard_bytes: a shard is written out as soon as it holds this many bytes.
+    """
+
+    def __init__(self, folder: Path | str, shard_bytes: int = 2 * 1024**3) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._shard_bytes = shard_bytes
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._total_bytes = 0
+        self._shards: list[tuple[Path, list[str]]] = []
+        self._seen: set[str] = set()
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Takes a copy of `tensor` (any shape, dtype and device); a name can be added once only."""
+        if name in self._seen:
+            raise ValueError(f"tensor {name} was added twice")
+        self._seen.add(name)
+        # A copy of its own: a slice would drag its whole storage along, and safetensors refuses shared storage.
+        self._pending[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        size = tensor.numel() * tensor.element_size()
+        self._pending_bytes += size
+        self._total_bytes += size
+        if self._pending_bytes >= self._shard_bytes:
+            self._flush()
+
+    def close(self) -> None:
+        """Writes what is left and gives the files their final names."""
+        if self._pending or not self._shards:
+            self._flush()
+        if len(self._shards) == 1:
+            os.replace(self._shards[0][0], self.folder / WEIGHTS)
+        else:
+            self._write_index()
+        _fsync(self.folder)
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            for path, _ in self._shards:
+                path.unlink(missing_ok=True)
+
+    def _flush(self) -> None:
+        path = self.folder / f"shard-{len(self._shards) + 1:05d}.part"
+        save_file(self._pending, path, metadata={"format": "pt"})
+        _fsync(path)
+        self._shards.append((path, list(self._pending)))
+        self._pending = {}
+        self._pending_bytes = 0
+
+    def _write_index(self) -> None:
+        weight_map = {}
+        for number, (path, names) in enumerate(self._shards, start=1):
+            final = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
+            os.replace(path, self.folder / final)
+            weight_map.update(dict.fromkeys(names, final))
+        index = {"metadata": {"total_size": self._total_bytes, "format": "pt"}, "weight_map": weight_map}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        _fsync(self.folder / INDEX)
+
+
+def sha256_file(path: Path | str) -> str:
+    """SHA-256 of a file as 64 hex digits, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_digest(folder: Path | str) -> str:
+    """SHA-256 over the relative names and contents of all safetensors files below `folder`, 64 hex digits.
+
+    Raises:
+        InputError: there are none.
+    """
+    folder = Path(folder)
+    files = sorted(folder.rglob("*.safetensors"), key=lambda path: path.relative_to(folder).as_posix())
+    if not files:
+        raise InputError("no safetensors files", where=folder, code="weights-missing")
+    lines = [f"{path.relative_to(folder).as_posix()}\0{sha256_file(path)}\n" for path in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def tokenizer_files(folder: Path | str) -> list[Path]:
+    """The tokenizer files (chat template included) that lie in a checkpoint folder, by name."""
+    found = {path for pattern in TOKENIZER_PATTERNS for path in Path(folder).glob(pattern) if path.is_file()}
+    return sorted(found)
+
+
+def copy_tokenizer(src: Path | str, dst: Path | str) -> list[str]:
+    """Copies the tokenizer files from one checkpoint folder to another and returns their names.
+
+    Raises:
+        InputError: `src` holds none.
+    """
+    files = tokenizer_files(src)
+    if not files:
+        raise InputError("no tokenizer files", where=src, fix="save the tokenizer there too", code="tokenizer-missing")
+    Path(dst).mkdir(parents=True, exist_ok=True)
+    for path in files:
+        shutil.copyfile(path, Path(dst) / path.name)
+    return [path.name for path in files]
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

