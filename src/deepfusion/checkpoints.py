@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -95,7 +96,9 @@ class TensorReader:
     def __enter__(self) -> TensorReader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _shard_names(self) -> list[str]:
@@ -103,10 +106,14 @@ class TensorReader:
             try:
                 files = set(json.loads((self.folder / INDEX).read_text())["weight_map"].values())
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise InputError("the weight index cannot be read", where=self.folder / INDEX, code="weights-index") from error
+                raise InputError(
+                    "the weight index cannot be read", where=self.folder / INDEX, code="weights-index"
+                ) from error
             # An index comes from others: it must not reach outside of its folder.
             if not files or any(not isinstance(f, str) or Path(f).name != f or f in (".", "..") for f in files):
-                raise InputError("the weight index names no plain file", where=self.folder / INDEX, code="weights-index")
+                raise InputError(
+                    "the weight index names no plain file", where=self.folder / INDEX, code="weights-index"
+                )
             return sorted(files)
         if (self.folder / WEIGHTS).is_file():
             return [WEIGHTS]
@@ -124,7 +131,9 @@ class TensorReader:
         try:
             return safe_open(str(path), framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
-            raise InputError(f"not a readable safetensors file ({error})", where=path, code="weights-damaged") from error
+            raise InputError(
+                f"not a readable safetensors file ({error})", where=path, code="weights-damaged"
+            ) from error
 
     def _handle(self, name: str) -> safe_open:
         if name not in self._file_of:
@@ -179,7 +188,9 @@ class TensorWriter:
     def __enter__(self) -> TensorWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self.close()
         else:
@@ -203,6 +214,45 @@ class TensorWriter:
         index = {"metadata": {"total_size": self._total_bytes, "format": "pt"}, "weight_map": weight_map}
         (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         _fsync(self.folder / INDEX)
+
+
+def check_same_tensors(readers: Sequence[TensorReader]) -> None:
+    """Checks that checkpoints can be averaged.
+
+    Raises:
+        InputError: one differs from the first in the names, shapes or dtypes of its tensors.
+    """
+    first = readers[0]
+    for reader in readers[1:]:
+        if odd := set(first.names()) ^ set(reader.names()):
+            raise InputError(
+                f"tensor {min(odd)} is in one of them only",
+                where=f"{first.folder}, {reader.folder}",
+                code="tensors-differ",
+            )
+        for name in first.names():
+            here, there = (reader.shape(name), reader.dtype(name)), (first.shape(name), first.dtype(name))
+            if here != there:
+                raise InputError(
+                    f"tensor {name} is {here}",
+                    where=reader.folder,
+                    allowed=f"{there} as in {first.folder}",
+                    code="tensors-differ",
+                )
+
+
+def mean_tensor(readers: Sequence[TensorReader], name: str) -> torch.Tensor:
+    """Element-wise mean of one tensor over checkpoints [DF eq. 13], in the first one's dtype.
+
+    Accumulates in fp32 and casts once; holds two fp32 tensors, however many readers there are. It sums the differences
+    to the first checkpoint, so that the mean of identical tensors is bit-identical to them.
+    """
+    first = readers[0].get(name)
+    origin = first.float()
+    shift = torch.zeros_like(origin)
+    for reader in readers[1:]:
+        shift += reader.get(name).float() - origin
+    return (origin + shift / len(readers)).to(first.dtype)
 
 
 def sha256_file(path: Path | str) -> str:

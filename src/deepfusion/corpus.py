@@ -1,0 +1,138 @@
+"""The public text that the server distils and tunes on: in-domain, generic, sampled from the proxies, or files.
+
+Every document knows its teacher: the proxy it was sampled from, else the proxy that finds it least surprising.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepfusion import progress
+from deepfusion.config import Config
+from deepfusion.data import Example, Splits, example_from_row, example_to_row, windows
+from deepfusion.errors import InputError
+from deepfusion.jobs import run_jobs
+from deepfusion.metrics import bits_per_byte_of_each, context_limit
+from deepfusion.models import load_model, load_tokenizer
+
+SAMPLE_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Document:
+    """One window of text to learn from; `teacher` is the number of a proxy, `source` says where the text is from."""
+
+    example: Example
+    source: str
+    teacher: int | None = None
+
+
+def build_corpus(config: Config, splits: Splits, proxies: list[Path], precision: str, work: Path) -> list[Document]:
+    """Gather, cut and assign the public text of a run; `work` keeps what was sampled, for a run that is taken up again.
+
+    Raises:
+        InputError: nothing is left of the public text that the config asks for.
+    """
+    documents: list[Document] = []
+    for name in dict.fromkeys(config.data.public):
+        if name == "sampled":
+            documents += _sampled(config, proxies, precision, work)
+            continue
+        examples = {"in_domain": splits.public, "generic": splits.generic}.get(name)
+        if examples is None:
+            examples = splits.public_files[name]
+        if not examples:
+            raise InputError("no public text", where=f"data.public: {name}", fix="name a file, generic or sampled", code="no-public-text")
+        documents += [Document(w, name) for example in examples for w in windows(example, config.data.max_chars)]
+    documents = assign_teachers(documents, proxies, precision, config)
+    counts = Counter((d.source, d.teacher) for d in documents)
+    for (source, teacher), count in sorted(counts.items(), key=str):
+        progress.say(f"[distill corpus] {count} windows of {source} text for proxy {teacher}")
+    return documents
+
+
+def assign_teachers(documents: list[Document], proxies: list[Path], precision: str, config: Config) -> list[Document]:
+    """Give every document that has no teacher the proxy with the fewest bits per byte on it."""
+    open_ = [d.example for d in documents if d.teacher is None]
+    if not open_:
+        return documents
+    jobs = [{"folder": proxy, "examples": open_, "precision": precision, "batch_size": config.evaluate.batch_size} for proxy in proxies]
+    scores = torch.tensor(run_jobs(_score, jobs, config.jobs))  # [proxies, documents]
+    best = iter(scores.argmin(0).tolist())
+    return [d if d.teacher is not None else Document(d.example, d.source, next(best)) for d in documents]
+
+
+def write_corpus(documents: list[Document], path: Path) -> None:
+    """JSONL, one document a line: the data format of the project plus `teacher` and `source`."""
+    rows = [example_to_row(d.example) | {"teacher": d.teacher, "source": d.source} for d in documents]
+    temporary = path.with_suffix(".part")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    os.replace(temporary, path)
+
+
+def read_corpus(path: Path) -> list[Document]:
+    """What `write_corpus` wrote."""
+    documents = []
+    for line in path.read_text("utf-8").split("\n"):
+        if line:
+            row = json.loads(line)
+            teacher, source = row.pop("teacher"), row.pop("source")
+            documents.append(Document(example_from_row(row), source, teacher))
+    return documents
+
+
+def sample_texts(folder: Path, count: int, max_chars: int, seed: int, precision: str) -> list[str]:
+    """Texts drawn from a model at temperature 1, from the start-of-text token to its end token or the length limit."""
+    model, tokenizer = load_model(folder, precision).eval(), load_tokenizer(folder)
+    if torch.cuda.is_available():
+        model.to("cuda")
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    limit = min((context_limit(model) or max_chars) - 1, max(16, max_chars // 3))
+    torch.manual_seed(seed)
+    texts: list[str] = []
+    for first in range(0, count, SAMPLE_BATCH):
+        prompt = torch.full((min(SAMPLE_BATCH, count - first), 1), start, device=model.device)
+        with torch.inference_mode():
+            ids = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                max_new_tokens=limit, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
+            )  # fmt: skip
+        texts += tokenizer.batch_decode(ids[:, 1:], skip_special_tokens=True)
+        progress.say(f"[distill sample {folder.name}] {len(texts)}/{count} texts")
+    return [text for text in (t.strip() for t in texts) if len(text) > 16]
+
+
+def _sampled(config: Config, proxies: list[Path], precision: str, work: Path) -> list[Document]:
+    jobs = [
+        {"folder": proxy, "count": config.data.sampled_documents, "max_chars": config.data.max_chars,
+         "seed": config.seed * 1000 + number, "precision": precision, "cache": work / f"sampled-{number}.json"}
+        for number, proxy in enumerate(proxies)
+    ]  # fmt: skip
+    documents = []
+    for number, texts in enumerate(run_jobs(_sample_once, jobs, config.jobs)):
+        for text in texts:
+            pieces = windows(Example("", text, "sampled"), config.data.max_chars)
+            documents += [Document(piece, "sampled", number) for piece in pieces]
+    return documents
+
+
+def _sample_once(cache: Path, **arguments: Any) -> list[str]:
+    if cache.is_file():
+        return json.loads(cache.read_text("utf-8"))
+    texts = sample_texts(**arguments)
+    temporary = cache.with_suffix(".part")
+    temporary.write_text(json.dumps(texts), "utf-8")
+    os.replace(temporary, cache)
+    return texts
+
+
+def _score(folder: Path, examples: list[Example], precision: str, batch_size: int) -> list[float]:
+    model, tokenizer = load_model(folder, precision).eval(), load_tokenizer(folder)
+    return bits_per_byte_of_each(model, tokenizer, examples, batch_size=batch_size)

@@ -1,0 +1,410 @@
+"""Documents for devices and server: windows, splits, partition over devices, encoding, reading order, overlap."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from deepfusion.config import Config, DeviceSpec
+from deepfusion.errors import InputError
+from deepfusion.sources import (
+    Example,
+    choose,
+    expand_source,
+    load_source,
+    read_jsonl,
+    shuffled,
+    unique,
+    write_jsonl,
+)
+
+__all__ = [
+    "Encoded",
+    "Example",
+    "Splits",
+    "encode",
+    "load_source",
+    "make_splits",
+    "overlap",
+    "partition",
+    "read_jsonl",
+    "reading_order",
+    "windows",
+    "write_jsonl",
+]
+
+HELD_OUT = 0.1  # share of a device's documents that it keeps to measure its own losses
+LEAST = 2  # documents of a device: one to train on, one held out
+LEAST_SHARED = 8  # documents that the partition gives every device where there are enough
+POOL = 16  # batches among which documents are sorted by length
+
+Scheme = Literal["by_domain", "random_uneven", "dirichlet"]
+
+
+# Windows ------------------------------------------------------------------------------------------------------------
+
+
+def windows(example: Example, max_chars: int) -> list[Example]:
+    """Cut a text that is longer than `max_chars` characters at whitespace (inside a word where there is none).
+
+    A short completion keeps the end of its prompt in one window. A completion of more than half a window is cut into
+    consecutive windows, the first with the end of the prompt in at most half of it, the others without a prompt. The
+    completions of the windows make up the whole completion. Options survive where there is one window.
+    """
+    if len(example.text) <= max_chars:
+        return [example]
+    prompt, completion, domain = example.prompt, example.completion, example.domain
+    if len(completion) <= max_chars // 2:
+        prompt = _prompt_end(prompt, max_chars - len(completion))
+        return [Example(prompt, completion, domain, example.options, example.answer)]
+    prompt = _prompt_end(prompt, max_chars // 2)
+    cut = []
+    while completion:
+        room = max_chars - len(prompt)
+        end = len(completion)
+        if end > room:
+            breaks = [index for index in range(1, room + 1) if completion[index].isspace()]
+            end = breaks[-1] if breaks else room
+        cut.append(Example(prompt, completion[:end], domain))
+        prompt, completion = "", completion[end:]
+    return cut if len(cut) > 1 else [Example(cut[0].prompt, cut[0].completion, domain, example.options, example.answer)]
+
+
+def _prompt_end(prompt: str, room: int) -> str:
+    """The end of the prompt in at most `room` characters, from the start of a word if one starts there."""
+    start = len(prompt) - room
+    if start <= 0:
+        return prompt
+    word = re.compile(r"(?<=\s)\S").search(prompt, start)
+    return prompt[word.start() :] if word else prompt[start:]
+
+
+# Splits -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Who sees which documents. No test document stands anywhere else; no device shares a document with another.
+
+    Attributes:
+        private: device id -> the documents it trains on.
+        held_out: device id -> its own documents kept for its losses before and after training.
+        public: in-domain documents and files that the server may use.
+        generic: public documents that have nothing to do with the devices.
+        test: documents that only evaluation sees.
+        devices: every device with its id and type, in the order of `private`.
+    """
+
+    private: dict[str, list[Example]]
+    held_out: dict[str, list[Example]]
+    public: list[Example]
+    generic: list[Example]
+    test: list[Example]
+    devices: list[DeviceSpec]
+
+
+def make_splits(config: Config) -> Splits:
+    """Split all documents; a pure function of the config and of the contents of its sources.
+
+    Each source (a file of a glob counts as one) gives its share to test and, where `data.public` names in_domain, to public.
+    A document that two sources hold belongs to the first.
+
+    Raises:
+        InputError: a bad source, or too few documents for the devices.
+    """
+    data, seed = config.data, config.seed
+    common = _expand([data.private] if isinstance(data.private, str) else data.private)
+    devices, own = _resolve_devices(config, common)
+    if not common and not any(own.values()):
+        raise InputError(
+            "there is no private data", where="data.private", fix="--set data.private=FILE.jsonl", code="no-private-data"
+        )
+    test = load_source(data.test) if isinstance(data.test, str) else []
+    taken = {example.id for example in test}
+    public: list[Example] = []
+    kept: dict[str, list[Example]] = {}
+    for source in dict.fromkeys([*common, *(part for parts in own.values() for part in parts)]):
+        found = unique(load_source(source, data.limit, seed), without=taken)
+        taken |= {example.id for example in found}
+        counts = _split_counts(len(found), config)
+        if len(found) < sum(counts) + 1:
+            raise InputError(f"{len(found)} new documents are too few to split", where=source, code="too-few-documents")
+        order = shuffled(found, seed, "split")
+        first, second = counts[0], sum(counts)
+        test += order[:first]
+        public += order[first:second]
+        kept[source] = choose(found, 0, seed, "") or order[second:]
+    parts = _deal(devices, own, common, kept, config)
+    private, held_out = {}, {}
+    for device, documents in parts.items():
+        count = max(1, round(HELD_OUT * len(documents)))
+        order = shuffled(documents, seed, "held_out")
+        held_out[device], private[device] = order[:count], order[count:]
+    return Splits(private, held_out, *_server_text(config, public, test), test, devices)
+
+
+def _expand(sources: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(part for source in sources for part in expand_source(source)))
+
+
+def _split_counts(documents: int, config: Config) -> tuple[int, int]:
+    """Numbers of test and of public documents of a source."""
+    share = config.data.test
+    test = max(1, round(share * documents)) if isinstance(share, float) else 0
+    public = max(1, round(config.data.public_fraction * documents)) if "in_domain" in config.data.public else 0
+    return test, public
+
+
+def _server_text(config: Config, in_domain: list[Example], test: list[Example]) -> tuple[list[Example], list[Example]]:
+    """Public and generic text without the test documents."""
+    data, test_ids = config.data, {example.id for example in test}
+    named = [source for source in data.public if source not in ("in_domain", "generic", "sampled")]
+    files = [example for source in named for example in load_source(source, data.limit, config.seed)]
+    generic: list[Example] = []
+    if "generic" in data.public:
+        generic = unique((example for source in data.generic for example in load_source(source)), without=test_ids)
+    return unique([*in_domain, *files], without=test_ids), choose(generic, data.generic_documents, config.seed, "generic")
+
+
+def _resolve_devices(config: Config, common: list[str]) -> tuple[list[DeviceSpec], dict[str, list[str]]]:
+    """Devices with id and type, and the sources of those that name their own."""
+    if isinstance(config.devices, list):
+        used = {device.id for device in config.devices}
+        free = (name for name in _numbered(2 * len(config.devices)) if name not in used)
+        devices = [device if device.id else device.model_copy(update={"id": next(free)}) for device in config.devices]
+        named = {str(device.id): [device.data] if isinstance(device.data, str) else device.data for device in devices}
+        return devices, {name: _expand(data) for name, data in named.items() if data}
+    count = len(common) if config.devices is None else config.devices
+    names, data = _numbered(count), dict.fromkeys(range(count))
+    types = np.random.default_rng(config.seed).choice(config.device.types, size=count)
+    own: dict[str, list[str]] = {}
+    if config.devices is None:
+        stems = [Path(source).stem for source in common]
+        if len(set(stems)) == count and all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", stem) for stem in stems):
+            names = stems
+        own = {name: [source] for name, source in zip(names, common, strict=True)}
+    return [DeviceSpec(id=name, type=str(kind)) for name, kind in zip(names, types, strict=True)], own
+
+
+def _numbered(count: int) -> list[str]:
+    return [f"d{index:02d}" for index in range(count)]
+
+
+def _deal(
+    devices: list[DeviceSpec], own: dict[str, list[str]], common: list[str], kept: dict[str, list[Example]], config: Config
+) -> dict[str, list[Example]]:
+    """The private documents of every device."""
+    parts: dict[str, list[Example]] = {str(device.id): [] for device in devices}
+    users = defaultdict(list)
+    for name, sources in own.items():
+        for source in sources:
+            users[source].append(name)
+    scheme, alpha = config.data.partition.scheme, config.data.partition.alpha
+    for source, names in users.items():
+        if len(names) > 1 and len(kept[source]) < LEAST_SHARED * len(names):
+            raise InputError(
+                f"{len(kept[source])} private documents of {source} for {len(names)} devices",
+                where=f"device {names[-1]}",
+                allowed=f"at least {LEAST_SHARED} documents a device",
+                code="too-few-documents",
+            )
+        shares = partition(kept[source], len(names), "random_uneven", alpha, config.seed, LEAST_SHARED)
+        for name, share in zip(names, shares, strict=True):
+            parts[name] += share
+    others = [name for name in parts if name not in own]
+    pool = [example for source in common if source not in users for example in kept[source]]
+    if others:
+        if len(pool) < LEAST * len(others):
+            raise InputError(
+                f"{len(pool)} private documents of data.private for {len(others)} devices",
+                where=f"device {others[-1]}",
+                allowed=f"at least {LEAST} documents a device",
+                fix="more documents or fewer devices",
+                code="too-few-documents",
+            )
+        parts |= zip(others, partition(pool, len(others), scheme, alpha, config.seed, LEAST_SHARED), strict=True)
+    for name, documents in parts.items():
+        if len(documents) < LEAST:
+            raise InputError(
+                f"{len(documents)} private documents", where=f"device {name}", allowed="2 or more", code="too-few-documents"
+            )
+    return parts
+
+
+# Partition ----------------------------------------------------------------------------------------------------------
+
+
+def partition(
+    examples: Sequence[Example], devices: int, scheme: Scheme, alpha: float, seed: int, least: int = 1
+) -> list[list[Example]]:
+    """Give every document to exactly one device.
+
+    Args:
+        scheme: random_uneven deals shuffled documents in Dirichlet(alpha) sizes; by_domain gives domains to devices in
+            proportion, in uneven sizes (small domains join the device with the fewest documents where there are more domains
+            than devices); dirichlet draws for each domain how it spreads over the devices.
+        least: documents of every device, or the mean where that is less.
+
+    Raises:
+        InputError: fewer documents than devices.
+    """
+    if len(examples) < devices:
+        raise InputError(f"{len(examples)} documents for {devices} devices", fix="fewer devices", code="too-few-documents")
+    generator = np.random.default_rng(seed)
+    least = min(least, len(examples) // devices)
+    order = generator.permutation(len(examples)).tolist()
+    domains: dict[str, list[int]] = defaultdict(list)
+    for index in order:
+        domains[examples[index].domain].append(index)
+    groups = [domains[domain] for domain in sorted(domains)]
+    if scheme == "random_uneven":
+        parts = _cut(order, _uneven_sizes(len(order), devices, alpha, least, generator))
+    elif scheme == "dirichlet":
+        cuts = [_cut(group, _uneven_sizes(len(group), devices, alpha, 0, generator)) for group in groups]
+        parts = [[index for cut in cuts for index in cut[device]] for device in range(devices)]
+    else:
+        parts = _by_domain(groups, devices, alpha, least, generator)
+    while min(map(len, parts)) < least:
+        min(parts, key=len).append(max(parts, key=len).pop())
+    return [[examples[index] for index in sorted(part)] for part in parts]
+
+
+def _by_domain(
+    groups: list[list[int]], devices: int, alpha: float, least: int, generator: np.random.Generator
+) -> list[list[int]]:
+    groups = sorted(groups, key=len, reverse=True)
+    large = [group for group in groups if len(group) >= least][:devices] or groups[:devices]
+    # Largest remainder, each domain at least one device.
+    exact = np.array([len(group) for group in large]) * devices / sum(map(len, large))
+    seats = np.maximum(1, np.floor(exact)).astype(int)
+    while seats.sum() != devices:
+        step = 1 if seats.sum() < devices else -1
+        seats[np.argmax(np.where((step < 0) & (seats == 1), -np.inf, step * (exact - seats)))] += step
+    parts = []
+    for group, count in zip(large, seats.tolist(), strict=True):
+        parts += _cut(group, _uneven_sizes(len(group), count, alpha, least, generator))
+    for group in groups[len(large) :]:
+        min(parts, key=len).extend(group)
+    return parts
+
+
+def _uneven_sizes(total: int, parts: int, alpha: float, least: int, generator: np.random.Generator) -> list[int]:
+    """Sizes that add up to `total`: `least` each (the mean where that is less) and the rest by Dirichlet(alpha)."""
+    least = min(least, total // parts)
+    return (least + generator.multinomial(total - least * parts, generator.dirichlet([alpha] * parts))).tolist()
+
+
+def _cut(items: list[int], sizes: list[int]) -> list[list[int]]:
+    ends = np.cumsum(sizes).tolist()
+    return [items[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+
+# Tokens -------------------------------------------------------------------------------------------------------------
+
+
+class Encoded(NamedTuple):
+    """Tokens of one example.
+
+    Attributes:
+        input_ids: int64 [T].
+        offsets: int32 [T, 2], the characters of `example.text` that a token stands for; equal ends for marks.
+        weights: float32 [T], the loss weight of each token as a target.
+    """
+
+    input_ids: np.ndarray
+    offsets: np.ndarray
+    weights: np.ndarray
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    example: Example,
+    prompt_weight: float = 0.0,
+    max_tokens: int | None = None,
+    add_end: bool = True,
+) -> Encoded:
+    """Tokenize prompt and completion as one text, with a start mark and, by default, an end mark.
+
+    The start mark (BOS, else EOS) weighs 0, completion tokens and the end mark 1, prompt tokens `prompt_weight`. A token that
+    straddles the border belongs to the completion. Longer sequences than `max_tokens` are cut on the right.
+
+    Raises:
+        InputError: no character offsets (a slow tokenizer), or no special token to mark start and end.
+    """
+    if not tokenizer.is_fast:
+        raise InputError(
+            "the tokenizer gives no character offsets", where=tokenizer.name_or_path, allowed="fast tokenizers", code="slow-tokenizer"
+        )
+    end_mark = tokenizer.eos_token_id
+    start_mark = end_mark if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if start_mark is None or (add_end and end_mark is None):
+        raise InputError("the tokenizer has no end-of-text token", where=tokenizer.name_or_path, code="no-end-token")
+    text = example.text
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, padding=False, verbose=False)
+    ids, offsets = [start_mark, *tokens["input_ids"]], [(0, 0), *tokens["offset_mapping"]]
+    border = len(example.prompt)
+    weights = [0.0, *(1.0 if end > border else prompt_weight for _, end in tokens["offset_mapping"])]
+    if add_end:
+        ids, offsets, weights = [*ids, end_mark], [*offsets, (len(text), len(text))], [*weights, 1.0]
+    return Encoded(
+        np.array(ids[:max_tokens], np.int64),
+        np.array(offsets[:max_tokens], np.int32).reshape(-1, 2),
+        np.array(weights[:max_tokens], np.float32),
+    )
+
+
+def reading_order(lengths: Sequence[int], steps: int, batch_size: int, seed: int) -> list[list[int]]:
+    """The documents of each batch of a training: `steps` lists of `batch_size` indexes into `lengths`.
+
+    Epoch after epoch in seeded random order, so that no document is seen twice more often than another; documents of similar
+    length share a batch to save padding (sorted within pools of 16 batches, the batches of a pool shuffled).
+    """
+    if not lengths:
+        raise InputError("there are no documents to train on", code="no-data")
+    generator = np.random.default_rng(seed)
+    count, total = len(lengths), steps * batch_size
+    stream = np.concatenate([generator.permutation(count) for _ in range(-(-total // count))] or [np.empty(0, int)])[:total].tolist()
+    batches: list[list[int]] = []
+    start = 0
+    while start < total:
+        # A pool ends with its epoch, or a document would often stand twice in one batch.
+        epoch_end = (start // count + 1) * count
+        end = min(start + POOL * batch_size, -(-epoch_end // batch_size) * batch_size, total)
+        pool = sorted(stream[start:end], key=lambda index: lengths[index])
+        cut = [pool[at : at + batch_size] for at in range(0, len(pool), batch_size)]
+        batches += [cut[index] for index in generator.permutation(len(cut))]
+        start = end
+    return batches
+
+
+# Overlap ------------------------------------------------------------------------------------------------------------
+
+
+def overlap(examples: Iterable[Example], others: Iterable[Example], n: int = 13) -> float:
+    """Share (0 to 1) of the distinct n-word runs of `examples` that stand word for word in `others`.
+
+    A text of fewer than n words counts as one run.
+    """
+    wanted: dict[int, set[str]] = defaultdict(set)
+    for example in examples:
+        words = example.text.split()
+        length = min(n, len(words))
+        wanted[length] |= _runs(words, length)
+    found = set()
+    for other in others:
+        words = other.text.split()
+        for length, runs in wanted.items():
+            found |= runs & _runs(words, length)
+    total = sum(map(len, wanted.values()))
+    return len(found) / total if total else 0.0
+
+
+def _runs(words: list[str], length: int) -> set[str]:
+    return {" ".join(words[at : at + length]) for at in range(len(words) - length + 1)}

@@ -1,0 +1,92 @@
+"""Trainings and evaluations side by side: a pool of worker processes that lives as long as the run."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepfusion import progress
+
+_pool: ProcessPoolExecutor | None = None
+_pool_workers = 0
+
+
+def default_workers() -> int:
+    """One process per core on CPU, where small models gain little from threads; one where a GPU does the work."""
+    return 1 if torch.cuda.is_available() else os.cpu_count() or 1
+
+
+def run_jobs(function: Callable[..., Any], jobs: list[dict[str, Any]], workers: int | None) -> list[Any]:
+    """Call the module-level `function` once per dict of keyword arguments; results in order.
+
+    With one worker the calls run in this process, on one thread too: results do not depend on how many run side by side.
+    """
+    workers = workers or default_workers()
+    if workers == 1:
+        return [_one_thread(function, job) for job in jobs]
+    pool = _shared_pool(workers)
+    futures = [pool.submit(_in_worker, progress.attached(), function, job) for job in jobs]
+    try:
+        return [future.result() for future in futures]
+    except BaseException:
+        close_pool()
+        raise
+
+
+def close_pool() -> None:
+    """End the workers now, whatever they do."""
+    global _pool  # noqa: PLW0603 - one pool a process
+    if _pool is not None:
+        workers = list((_pool._processes or {}).values())
+        _pool.shutdown(wait=False, cancel_futures=True)
+        for process in workers:
+            process.kill()
+        _pool = None
+
+
+def _shared_pool(workers: int) -> ProcessPoolExecutor:
+    global _pool, _pool_workers  # noqa: PLW0603 - one pool a process
+    if _pool is not None and _pool_workers != workers:
+        close_pool()
+    if _pool is None:
+        _pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
+        _pool_workers = workers
+        atexit.register(close_pool)
+    return _pool
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    parent = os.getppid()
+
+    def watch() -> None:
+        # A worker that outlived a killed run would write into the folder that the next run continues.
+        while os.getppid() == parent:
+            time.sleep(0.1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _in_worker(folder: Path | None, function: Callable[..., Any], job: dict[str, Any]) -> Any:
+    progress.attach(folder)
+    return function(**job)
+
+
+def _one_thread(function: Callable[..., Any], job: dict[str, Any]) -> Any:
+    threads = torch.get_num_threads()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    try:
+        return function(**job)
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,245 @@
+"""How well a causal language model predicts held-out text: log-perplexity, bits per byte, accuracies, expert use."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deepfusion.data import Encoded, Example, encode, windows
+from deepfusion.errors import InputError
+from deepfusion.families import router_logits_by_layer
+
+# One [rows, tokens, vocabulary] block of logits holds at most so many numbers (256 MiB in fp32), whatever the batch size.
+LOGITS_PER_FORWARD = 2**26
+# Windows are not cut below this many characters, however short the context of the model.
+LEAST_CHARS = 16
+
+
+@dataclass(slots=True)
+class _Row:
+    """One sequence to score: `input_ids` int64 [T], `counted` bool [T] (targets that count), and what scoring found."""
+
+    input_ids: np.ndarray
+    counted: np.ndarray
+    size: int  # UTF-8 bytes of the completion
+    nats: float = 0.0
+    correct: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return int(self.counted.sum())
+
+
+@dataclass(slots=True)
+class _Window:
+    """One window of a document; where it has options there is one row for each, and `answer` is the true one."""
+
+    domain: str
+    rows: list[_Row]
+    answer: int
+
+    @property
+    def truth(self) -> _Row:
+        return self.rows[self.answer]
+
+    @property
+    def chosen(self) -> int:
+        """The option of the highest log-likelihood per UTF-8 byte (acc_norm of lm-evaluation-harness); ties: the first."""
+        return min(range(len(self.rows)), key=lambda i: self.rows[i].nats / max(self.rows[i].size, 1))
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 16,
+    max_chars: int = 1024,
+    choices: bool = True,
+) -> dict[str, Any]:
+    """Measure a model on documents; every completion token counts once, prompts and end tokens never do.
+
+    Args:
+        model: any causal language model, in any dtype, on any device; it is left as it was.
+        tokenizer: its fast tokenizer.
+        examples: documents; long ones are cut into windows, and none of their completions is left out.
+        batch_size: windows (or options) per forward pass; fewer where their logits would not fit.
+        max_chars: characters per window.
+        choices: also score every option of multiple-choice documents.
+
+    Returns:
+        `log_perplexity` (nats per counted token), `perplexity`, `bits_per_byte` (of the completions, so that models with
+        different tokenizers compare), `token_accuracy` (share of tokens predicted exactly), `choice_accuracy` (None without
+        options), `tokens`, `examples`, pooled over all tokens; the same keys per domain in `by_domain`; and the plain mean
+        of the domains in `mean_over_domains`.
+
+    Raises:
+        InputError: no examples, no token to count, or a model whose losses are not finite.
+    """
+    if not examples:
+        raise InputError("there is no document to evaluate on", code="no-examples")
+    scored: list[_Window] = []
+    for example in examples:
+        scored.extend(_windows(tokenizer, example, max_chars, context_limit(model), choices))
+    _score(model, [row for window in scored for row in window.rows], batch_size)
+    documents = [example.domain for example in examples]
+    by_domain = {
+        domain: _summary([window for window in scored if window.domain == domain], documents.count(domain))
+        for domain in sorted(set(documents))
+    }
+    means = {
+        key: sum(values[key] for values in by_domain.values()) / len(by_domain)
+        for key in ("log_perplexity", "bits_per_byte", "token_accuracy")
+    }
+    return {**_summary(scored, len(examples)), "mean_over_domains": means, "by_domain": by_domain}
+
+
+def expert_use(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 16,
+    max_chars: int = 1024,
+) -> dict[str, list[list[float]]]:
+    """How the router of a Mixture-of-Experts shares out the tokens of each domain [DF eq. 4].
+
+    Returns:
+        domain -> one list per MoE layer -> share of each expert in the top-k choices of all tokens; each list sums to 1.
+
+    Raises:
+        InputError: no examples, or a model without routers.
+    """
+    if not examples:
+        raise InputError("there is no document to evaluate on", code="no-examples")
+    rows: dict[str, list[_Row]] = {}
+    for example in examples:
+        for window in _windows(tokenizer, example, max_chars, context_limit(model), choices=False):
+            rows.setdefault(window.domain, []).extend(window.rows)
+    return {domain: _expert_shares(model, rows[domain], batch_size) for domain in sorted(rows)}
+
+
+def context_limit(model: PreTrainedModel) -> int | None:
+    """The most tokens that a model can read at once; None where its architecture sets no limit."""
+    config = model.config.get_text_config()
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
+    return min((limit for limit in limits if limit), default=None)
+
+
+def _windows(
+    tokenizer: PreTrainedTokenizerBase, example: Example, max_chars: int, limit: int | None, choices: bool
+) -> Iterator[_Window]:
+    for window in windows(example, max_chars):
+        options = window.options if choices and window.answer is not None else ()
+        completions = options or (window.completion,)
+        answer = window.answer if options and window.answer is not None else 0
+        encoded = [encode(tokenizer, replace(window, completion=text), add_end=False) for text in completions]
+        if limit and max_chars > LEAST_CHARS and max(len(one.input_ids) for one in encoded) > limit:
+            # Cutting the text again, rather than the tokens, keeps the measured text the same for every model.
+            yield from _windows(tokenizer, window, max_chars // 2, limit, choices)
+        else:
+            rows = [_row(one, text, limit) for one, text in zip(encoded, completions, strict=True)]
+            yield _Window(window.domain, rows, answer)
+
+
+def _row(encoded: Encoded, completion: str, limit: int | None) -> _Row:
+    counted = encoded.weights > 0
+    counted[:1] = False  # Nothing stands before the first token that could predict it.
+    return _Row(encoded.input_ids[:limit], counted[:limit], len(completion.encode()))
+
+
+def _batches(rows: Sequence[_Row], batch_size: int, vocabulary: int) -> Iterator[list[_Row]]:
+    """Rows of similar length together, the longest first so that memory peaks at once."""
+    ordered = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
+    start = 0
+    while start < len(ordered):
+        fitting = LOGITS_PER_FORWARD // (len(ordered[start].input_ids) * vocabulary)
+        end = start + max(1, min(batch_size, fitting))
+        yield ordered[start:end]
+        start = end
+
+
+def _padded(batch: list[_Row], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids and attention mask, both int64 [rows, tokens]."""
+    longest = max(len(row.input_ids) for row in batch)
+    ids, mask = (np.zeros((len(batch), longest), np.int64) for _ in range(2))
+    for i, row in enumerate(batch):
+        ids[i, : len(row.input_ids)] = row.input_ids
+        mask[i, : len(row.input_ids)] = 1
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+
+
+@torch.inference_mode()
+def _score(model: PreTrainedModel, rows: Sequence[_Row], batch_size: int) -> None:
+    """Fill in `nats` and `correct` of every row."""
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    training = model.training
+    model.eval()
+    for batch in _batches(rows, batch_size, model.config.get_text_config().vocab_size):
+        ids, mask = _padded(batch, model.device)
+        # Prompts stand first, so the logits before the first counted target of the batch are never needed.
+        first = min((int(row.counted.argmax()) for row in batch if row.tokens), default=ids.shape[1])
+        kept = {"logits_to_keep": ids.shape[1] - first + 1} if keeps else {}
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **kept).logits
+        for i, row in enumerate(batch):
+            targets = np.flatnonzero(row.counted)
+            if not len(targets):
+                continue
+            picked = logits[i, torch.from_numpy(targets - 1 - ids.shape[1] + logits.shape[1])].float()
+            truth = ids[i, torch.from_numpy(targets)]
+            row.nats = cross_entropy(picked, truth, reduction="none").double().sum().item()
+            row.correct = int((picked.argmax(-1) == truth).sum())
+    model.train(training)
+
+
+@torch.inference_mode()
+def _expert_shares(model: PreTrainedModel, rows: Sequence[_Row], batch_size: int) -> list[list[float]]:
+    top_k = getattr(model.config, "num_experts_per_tok", None)
+    counts: list[torch.Tensor] = []
+    training = model.training
+    model.eval()
+    for batch in _batches(rows, batch_size, model.config.get_text_config().vocab_size):
+        ids, mask = _padded(batch, model.device)
+        with router_logits_by_layer(model) as layers:
+            # The body alone: routers need no logits over the vocabulary.
+            model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        if not layers or not top_k:
+            raise InputError("the model has no routers", where=type(model).__name__, code="no-routers")
+        real = mask.flatten().bool()
+        found = [_choices(layers[layer][real], top_k) for layer in sorted(layers)]
+        counts = [a + b for a, b in zip(counts, found, strict=True)] if counts else found
+    model.train(training)
+    return [(count / count.sum()).tolist() for count in counts]
+
+
+def _choices(logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """How often each expert is among the top k: float [tokens, experts] -> int64 [experts]."""
+    return torch.bincount(logits.topk(top_k, dim=-1).indices.flatten(), minlength=logits.shape[-1])
+
+
+def _summary(scored: Sequence[_Window], documents: int) -> dict[str, Any]:
+    truths = [window.truth for window in scored]
+    tokens, nats = sum(row.tokens for row in truths), sum(row.nats for row in truths)
+    if not tokens:
+        raise InputError("the documents hold no token to count", code="no-tokens")
+    if not math.isfinite(nats):
+        raise InputError("the losses of the model are not finite; its weights are broken", code="non-finite-loss")
+    questions = [window for window in scored if len(window.rows) > 1]
+    right = sum(window.chosen == window.answer for window in questions)
+    return {
+        "log_perplexity": nats / tokens,
+        "perplexity": math.exp(min(nats / tokens, 700.0)),  # e^710 is beyond a float
+        "bits_per_byte": nats / math.log(2) / sum(row.size for row in truths),
+        "token_accuracy": sum(row.correct for row in truths) / tokens,
+        "choice_accuracy": right / len(questions) if questions else None,
+        "tokens": tokens,
+        "examples": documents,
+    }

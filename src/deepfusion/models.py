@@ -1,0 +1,434 @@
+"""On-device model types: presets, loading, what makes two models averageable, and the memory that training one takes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+
+from deepfusion.checkpoints import folder_digest
+from deepfusion.errors import InputError
+from deepfusion.losses import BLOCK_ELEMENTS
+from deepfusion.tiny import FOLDER as TINY
+
+METHODS = ("full", "lora", "qlora")  # from the most to the least memory for one type
+LORA_TARGETS = "all-linear"  # PEFT: every linear layer but the output layer
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named on-device model: its hub name, and its dimensions so that memory can be planned without a network."""
+
+    hub: str | None = None
+    model_type: str = ""
+    dimensions: dict[str, Any] = field(default_factory=dict)
+
+
+PRESETS: dict[str, Preset] = {
+    "gpt2": Preset("openai-community/gpt2", "gpt2"),
+    "gpt2-medium": Preset("openai-community/gpt2-medium", "gpt2", {"n_embd": 1024, "n_layer": 24, "n_head": 16}),
+    "tinyllama": Preset(
+        "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
+        "llama",
+        {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
+        | {"num_key_value_heads": 4, "vocab_size": 32000, "max_position_embeddings": 2048},
+    ),
+    "olmo-1b": Preset(
+        "allenai/OLMo-1B-hf",
+        "olmo",
+        {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 16}
+        | {"vocab_size": 50304, "max_position_embeddings": 2048, "tie_word_embeddings": True},
+    ),
+    "bloom-1b1": Preset(
+        "bigscience/bloom-1b1", "bloom", {"hidden_size": 1536, "n_layer": 24, "n_head": 16, "vocab_size": 250880}
+    ),
+    **{
+        name: Preset()
+        for name in ("tiny-gpt2", "tiny-llama", "tiny-olmo", "tiny-bloom")
+        + ("tiny-qwen2", "tiny-qwen3", "tiny-deepseek", "tiny-deepseek-v2")
+    },
+}
+
+
+def resolve(type: str) -> str:
+    """The local checkpoint folder of a model type, downloaded once if it is a hub name.
+
+    Args:
+        type: a preset, a hub name `owner/name`, or a local folder.
+
+    Raises:
+        InputError: no such folder or preset, or the hub cannot be reached.
+    """
+    preset = PRESETS.get(type)
+    if preset is not None and preset.hub is None:
+        folder = TINY / type
+    elif preset is not None:
+        return _download(type, preset.hub or type)
+    else:
+        folder = Path(type).expanduser()
+        if not folder.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", type):
+            return _download(type, type)
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"{type} is no preset and no folder with a config.json",
+            allowed=f"{', '.join(PRESETS)}, a hub name, or a local checkpoint folder",
+            code="no-model",
+        )
+    return str(folder)
+
+
+@lru_cache
+def _download(type: str, hub: str) -> str:
+    try:
+        return snapshot_download(hub, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"], ignore_patterns="*/*")
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"cannot fetch {hub} from the Hugging Face hub ({_first_line(error)})",
+            where=type,
+            fix="name a local folder that holds the checkpoint instead, or pre-fill the hub cache",
+            code="no-model",
+        ) from None
+
+
+@lru_cache
+def base_digest(type: str) -> str:
+    """Digest of the weights of a public checkpoint, 64 hex digits; devices of one type must start from equal ones."""
+    return folder_digest(resolve(type))
+
+
+def model_config(type: str) -> PretrainedConfig:
+    """The architecture of a model type; presets need no network."""
+    preset = PRESETS.get(type)
+    if preset is not None and preset.hub is not None:
+        return AutoConfig.for_model(preset.model_type, **preset.dimensions)
+    return read_config(resolve(type))
+
+
+def read_config(folder: str | Path) -> PretrainedConfig:
+    """The config of a checkpoint folder.
+
+    Raises:
+        InputError: missing, malformed, or of an architecture that transformers does not have.
+    """
+    try:
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # A config comes from others, and the classes fail in many ways on bad values.
+        raise InputError(f"the config cannot be read ({_first_line(error)})", where=folder, code="bad-config") from None
+
+
+def load_model(path: str | Path, precision: str = "fp32") -> PreTrainedModel:
+    """A causal language model with its weights in `precision` (fp32 or bf16), on the CPU, in evaluation mode.
+
+    Raises:
+        InputError: missing or damaged files, pickled weights, weights that do not fit the config.
+    """
+    folder = resolve(str(path))
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"the model cannot be loaded ({_first_line(error)})", where=path, code="bad-model") from None
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise InputError(f"{len(missing)} tensors are missing, such as {missing[0]}", where=path, code="bad-model")
+    return model
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a checkpoint; it always has a token to pad with.
+
+    Raises:
+        InputError: missing or damaged, or without a fast implementation (character offsets are needed).
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(str(path)), trust_remote_code=False, local_files_only=True)
+    except InputError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exception
+        raise InputError(f"the tokenizer cannot be loaded ({_first_line(error)})", where=path, code="bad-tokenizer") from None
+    if not tokenizer.is_fast:
+        raise InputError("not a fast tokenizer: it gives no character offsets", where=path, code="slow-tokenizer")
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no end-of-text token", where=path, code="bad-tokenizer")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def resolve_precision(precision: str) -> str:
+    """fp32 or bf16; `auto` takes bf16 where the hardware multiplies it natively, elsewhere it is slower than fp32."""
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    try:
+        flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
+    except OSError:
+        flags = set()
+    return "bf16" if flags & {"avx512_bf16", "amx_bf16"} else "fp32"
+
+
+# Type signatures: what makes the weights of two models averageable.
+
+
+class Architecture(NamedTuple):
+    """What a config says about the weights, without any memory for them.
+
+    Attributes:
+        name: the class.
+        tensors: shape of every stored tensor, tied copies left out.
+        tied: name of a tied copy -> name of the tensor that is stored.
+        buffers: those of `tensors` that are not trained.
+        transposed: weights stored as [in, out] (Conv1D of the GPT-2 family).
+        prefix: of the trunk; hub checkpoints saved from the trunk alone leave it out.
+    """
+
+    name: str
+    tensors: dict[str, tuple[int, ...]]
+    tied: dict[str, str]
+    buffers: frozenset[str]
+    transposed: frozenset[str]
+    prefix: str
+
+
+def architecture(config: PretrainedConfig) -> Architecture:
+    """The tensors of the causal language model that `config` describes.
+
+    Raises:
+        InputError: the config describes no causal language model.
+    """
+    model = _meta_model(config)
+    kept = dict(model.named_parameters())
+    names = {id(parameter): name for name, parameter in kept.items()}
+    shared = {name: names[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if name not in kept}
+    state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in shared}
+    return Architecture(
+        type(model).__name__,
+        state,
+        shared,
+        frozenset(state) - frozenset(kept),
+        frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)),
+        f"{model.base_model_prefix}.",
+    )
+
+
+# Keys of a config that do not change what the weights mean.
+_BOOKKEEPING = re.compile(
+    r"(transformers_version|_name_or_path|architectures|dtype|torch_dtype|use_cache|task_specific_params|\w*_token_id"
+    r"|\w*(dropout|pdrop)\w*|initializer_range|return_dict|output_\w+|pretraining_tp|slow_but_exact|_attn_implementation\w*)"
+)
+
+
+def type_signature(folder: str | Path, base: str = "") -> str:
+    """Digest of class, shapes, architecture settings, tokenizer and base checkpoint, 64 hex digits.
+
+    Only models of equal signatures are averaged. Weights that started from different checkpoints lie in different basins, and
+    the same shapes with another number of heads or another vocabulary mean something else.
+
+    Args:
+        folder: holds `config.json` and `tokenizer.json`.
+        base: digest of the weights that training started from, empty where unknown.
+    """
+    config = read_config(folder)
+    layout = architecture(config)
+    settings = {key: value for key, value in config.to_dict().items() if not _BOOKKEEPING.fullmatch(key)}
+    parts = [layout.name, sorted(layout.tensors.items()), settings, tokenizer_digest(folder), base]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def tokenizer_digest(folder: str | Path) -> str:
+    """Digest of what a tokenizer does to text, 64 hex digits; how `tokenizer.json` is laid out does not matter."""
+    path = Path(folder) / "tokenizer.json"
+    try:
+        backend = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise InputError(f"not a readable tokenizer ({_first_line(error)})", where=path, code="bad-tokenizer") from None
+    backend.no_padding()
+    backend.no_truncation()
+    return hashlib.sha256(backend.to_str().encode()).hexdigest()
+
+
+# Memory of a training on a device.
+
+RUNTIME_BYTES = 560 * 10**6
+"""Resident memory of a process that has imported torch, transformers, Trainer and PEFT and has run one step (measured)."""
+
+
+def estimate_training_bytes(
+    config: PretrainedConfig,
+    method: str = "full",
+    batch_size: int = 8,
+    max_tokens: int = 512,
+    precision: str = "fp32",
+    lora_rank: int = 16,
+) -> int:
+    """Peak bytes of the whole process while it trains this model.
+
+    Counted on the meta device, so no memory is taken: weights (fp32; a frozen base in `precision`, in 4 bits for qlora),
+    fp32 gradients and the two AdamW moments of what is trained, every tensor that autograd really keeps for the backward pass,
+    blocks of logits, the largest temporary of AdamW, and the runtime itself.
+
+    Args:
+        method: full, lora or qlora.
+        batch_size, max_tokens: the largest batch, in documents and in tokens a document.
+        precision: of the computation, fp32 or bf16.
+        lora_rank: rank of the LoRA matrices.
+    """
+    model = _meta_model(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    linear = _linear_sizes(model)
+    if method == "full":
+        trained, stored = parameters, 0
+        largest = max(p.numel() for p in model.parameters())
+    else:
+        trained = sum(lora_rank * (rows + columns) for rows, columns in linear)
+        quantised = sum(rows * columns for rows, columns in linear) if method == "qlora" else 0
+        # NF4: half a byte a weight and a 32-bit scale for every 64 of them.
+        stored = round(quantised * (0.5 + 4 / 64)) + (parameters - quantised) * (2 if precision == "bf16" else 4)
+        largest = max((rows * columns for rows, columns in linear), default=0) if method == "qlora" else 0
+    kept = _saved_bytes(model, batch_size, max_tokens)
+    if precision == "bf16":
+        kept //= 2
+    if method != "full":
+        kept += batch_size * max_tokens * 4 * sum(lora_rank + columns for _, columns in linear)
+    width = model.get_output_embeddings().weight.shape
+    logits = 3 * 4 * min(batch_size * max_tokens * width[0], BLOCK_ELEMENTS)
+    states = 16 * trained + stored + 8 * largest
+    return RUNTIME_BYTES + states + kept + logits
+
+
+def parse_memory(memory: str | int) -> int:
+    """Bytes in "4GB", "512MiB", "1.5 GiB" or a plain number of bytes.
+
+    Raises:
+        InputError: anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?\s*", str(memory), re.IGNORECASE)
+    if match is None or (size := float(match[1]) * _unit(match[2], match[3])) < 1:
+        raise InputError(f"{memory!r} is no amount of memory", allowed="4GB, 512MiB or a number of bytes", code="bad-memory")
+    return int(size)
+
+
+def plan(
+    budget_bytes: int,
+    types: Iterable[str],
+    methods: Iterable[str] = METHODS,
+    batch_size: int = 8,
+    text: int | None = None,
+    precision: str = "fp32",
+    lora_rank: int = 16,
+) -> dict[str, Any]:
+    """Which model types and methods fit into a memory budget.
+
+    Args:
+        budget_bytes: of the whole process.
+        text: length of the longest document in characters, default 1024; a token is taken to hold three of them.
+
+    Returns:
+        {"budget_bytes", "fits": [{"type", "method", "estimated_bytes"}], "chosen"}: the largest type first, for one type the
+        method that trains most; `chosen` is the first of them, None where nothing fits.
+    """
+    tokens = math.ceil((text or 1024) / 3)
+    found = []
+    for type in types:
+        config = model_config(type)
+        size = sum(math.prod(shape) for shape in architecture(config).tensors.values())
+        longest = min(tokens, getattr(config, "max_position_embeddings", tokens))
+        for method in methods:
+            needed = estimate_training_bytes(config, method, batch_size, longest, precision, lora_rank)
+            if needed <= budget_bytes:
+                found.append((-size, METHODS.index(method), {"type": type, "method": method, "estimated_bytes": needed}))
+    fits = [entry for *_, entry in sorted(found, key=lambda item: item[:2])]
+    return {"budget_bytes": budget_bytes, "fits": fits, "chosen": fits[0] if fits else None}
+
+
+def _unit(prefix: str | None, binary: str | None) -> int:
+    return (1024 if binary else 1000) ** (" KMGT".index(prefix.upper()) if prefix else 0)
+
+
+def _meta_model(config: PretrainedConfig) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except Exception as error:  # A config comes from others, and the classes fail in many ways on bad values.
+        raise InputError(f"the config describes no causal language model ({_first_line(error)})", code="bad-config") from None
+
+
+def _linear_sizes(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """[out, in] of every layer that LoRA adapts: all linear ones but the output layer."""
+    head = model.get_output_embeddings()
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    convolutions = [tuple(module.weight.shape[::-1]) for module in model.modules() if isinstance(module, Conv1D)]
+    return [(layer.out_features, layer.in_features) for layer in layers] + convolutions
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Keeps what a fused attention kernel keeps: its inputs and its output, never the [T, T] scores."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+
+def _fused_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> tuple[torch.Tensor, None]:
+    return _FusedAttention.apply(query, key, value).transpose(1, 2), None
+
+
+AttentionInterface.register("deepfusion_meta", _fused_attention)
+
+
+def _saved_bytes(model: PreTrainedModel, batch_size: int, tokens: int) -> int:
+    """Bytes of the tensors that autograd keeps between the forward and the backward pass of the trunk."""
+    own = {id(p.untyped_storage()) for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if id(storage) not in own:
+            kept[id(storage)] = storage
+        return tensor
+
+    if not any(module._get_name().startswith("Bloom") for module in model.modules()):
+        model.set_attn_implementation("deepfusion_meta")
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.base_model(input_ids=torch.zeros(batch_size, tokens, dtype=torch.long, device="meta"), use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

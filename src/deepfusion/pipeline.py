@@ -1,0 +1,366 @@
+"""The stages in order, the run folder, the manifest, and resumption."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+import torch
+
+from deepfusion import __version__, jobs, models, progress
+from deepfusion.checkpoints import sha256_file
+from deepfusion.config import Config, config_digest, save_config
+from deepfusion.errors import InputError
+from deepfusion.sources import source_files
+from deepfusion.stages import cluster, device, distill, evaluate, merge, proxy, receive, registry, report, tune
+
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "tokenizers", "scikit-learn", "numpy")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline.
+
+    Attributes:
+        run: `run(config, inputs, out) -> summary`; writes below `out` what `outputs` names.
+        inputs: by name, what it reads of the run folder.
+        outputs: what it adds to the run folder.
+        keys: the config keys that its result depends on.
+    """
+
+    name: str
+    run: Callable[[Config, dict[str, Path], Path], dict[str, Any]]
+    inputs: dict[str, str]
+    outputs: tuple[str, ...]
+    keys: tuple[str, ...]
+
+
+_SPLIT_KEYS = ("seed", "devices", "data.private", "data.public", "data.public_fraction", "data.test", "data.limit", "data.partition")
+_TEXT_KEYS = ("data.max_chars", "data.prompt_loss_weight", "precision")
+
+STAGES = (
+    Stage("device", device.run, {}, ("uploads",), (*_SPLIT_KEYS, *_TEXT_KEYS, "device")),
+    Stage("registry", registry.run, {"uploads": "uploads"}, ("registry.json", "rejected.json"), ("federation",)),
+    Stage("cluster", cluster.run, {"registry": "registry.json"}, ("clusters.json",), ("seed", "experts", "clustering")),
+    Stage(
+        "proxy", proxy.run,
+        {"uploads": "uploads", "registry": "registry.json", "clusters": "clusters.json"}, ("proxies",), (),
+    ),
+    Stage(
+        "distill", distill.run, {"proxies": "proxies"}, ("bases",),
+        (*_SPLIT_KEYS, *_TEXT_KEYS, "data", "family", "experts", "distill", "merge.router"),
+    ),
+    Stage(
+        "merge", merge.run, {"bases": "bases"}, ("moe/merged", "moe/untaught"),
+        ("seed", "family", "experts", "top_k", "merge", "distill.base"),
+    ),
+    Stage(
+        "tune", tune.run,
+        {"merged": "moe/merged", "untaught": "moe/untaught", "bases": "bases", "proxies": "proxies"},
+        ("moe/final", "moe/control"), ("seed", "experts", *_TEXT_KEYS, "tune"),
+    ),
+    Stage(
+        "evaluate", evaluate.run,
+        {"moe": "moe/final", "control": "moe/control", "uploads": "uploads", "registry": "registry.json",
+         "clusters": "clusters.json", "proxies": "proxies", "bases": "bases"},
+        ("evaluation.json",), (*_SPLIT_KEYS, "data.max_chars", "family", "distill.base", "evaluate"),
+    ),
+    Stage("report", report.run, {"evaluation": "evaluation.json"}, ("report",), ()),
+)  # fmt: skip
+NAMES = tuple(stage.name for stage in STAGES)
+_REDONE = ("report",)  # cheap, and it shows the seconds of all others
+
+
+def run(
+    config: Config, out: Path, *, uploads: Path | None = None, first: str | None = None, last: str | None = None
+) -> dict[str, Any]:
+    """Run the pipeline in the folder `out`, or continue it there, or redo what a changed config touches.
+
+    Args:
+        uploads: take these uploads or plain checkpoints instead of training simulated devices.
+        first: redo this stage and what follows, even if nothing changed.
+        last: stop after this stage.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        InputError: whatever a user can mend.
+    """
+    started = time.time()
+    stages = list(STAGES)
+    if uploads is not None:
+        stages[0] = Stage("device", receive.run, {"given": os.path.abspath(uploads)}, ("uploads",), ("device.encoder", "device.embedding_size"))
+    for name in filter(None, (first, last)):
+        if name not in NAMES:
+            raise InputError(f"there is no stage {name}", allowed=", ".join(NAMES), code="unknown-stage")
+    if first and last and NAMES.index(first) > NAMES.index(last):
+        raise InputError(f"--from {first} comes after --until {last}", allowed=" -> ".join(NAMES), code="unknown-stage")
+    with _locked(out):
+        manifest = _open_manifest(out, config)
+        _refuse_another_federation(manifest, stages[0], config, out, first)
+        _check_resources(config, out)
+        save_config(config, out / "config.yaml")
+        progress.attach(out)
+        progress.say(f"deepfusion {__version__}: recipe {config.recipe}, {config.experts} experts of {config.family}, run folder {out}")
+        redo = False
+        for stage in stages:
+            redo = redo or stage.name == first
+            key = _stage_key(stage, config, out)
+            entry = manifest["stages"].get(stage.name, {})
+            fresh = entry.get("status") == "done" and entry.get("key") == key and not redo
+            if fresh and stage.name not in _REDONE and all((out / path).exists() for path in stage.outputs):
+                progress.say(f"[{stage.name}] unchanged, done in {progress.duration(entry['seconds'])} before")
+            else:
+                _run_stage(stage, config, out, key, manifest, redo=stage.name == first)
+            if stage.name == last:
+                break
+        jobs.close_pool()
+        progress.say(f"all stages done in {progress.duration(time.time() - started)}")
+    return manifest
+
+
+def read_manifest(out: Path) -> dict[str, Any]:
+    """The manifest of a run folder.
+
+    Raises:
+        InputError: `out` is no run folder.
+    """
+    path = out / "manifest.json"
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except OSError:
+        raise InputError("not a run folder (no manifest.json)", where=out, fix="deepfusion run --out RUN makes one", code="no-run") from None
+    except ValueError as error:
+        raise InputError(f"not valid JSON ({error})", where=path, code="no-run") from None
+
+
+def status(out: Path) -> dict[str, Any]:
+    """What `deepfusion status --json` prints."""
+    stages = read_manifest(out)["stages"]
+    keep = ("status", "seconds", "peak_rss_bytes")
+    rows = [{"name": n, **{k: stages.get(n, {"status": "waiting"}).get(k) for k in keep}} for n in NAMES]
+    return {"run": str(out), "stages": rows}
+
+
+def _run_stage(stage: Stage, config: Config, out: Path, key: str, manifest: dict[str, Any], redo: bool) -> None:
+    work = out / ".work" / stage.name
+    marker = work / "key"
+    if redo or not marker.is_file() or marker.read_text() != key:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        _write(marker, key)
+    else:
+        progress.say(f"[{stage.name}] continues")
+    entry = manifest["stages"][stage.name] = {"status": "running", "key": key, "seconds": None, "peak_rss_bytes": None}
+    _write_manifest(out, manifest)
+    inputs = {name: out / path for name, path in stage.inputs.items()} | {"run": out}
+    finished = work / "finished.json"
+    if not finished.is_file():
+        spent = float((work / "seconds").read_text()) if (work / "seconds").is_file() else 0.0
+        try:
+            with _Watch(work / "seconds", spent) as watch:
+                summary = stage.run(config, inputs, work / "out")
+        except InputError:
+            manifest["stages"][stage.name]["status"] = "failed"
+            _write_manifest(out, manifest)
+            raise
+        _sync(work / "out")
+        # From here on a killed run only has to move the outputs.
+        _write(finished, json.dumps({"summary": summary, "seconds": watch.seconds, "peak_rss_bytes": watch.peak}))
+    for path in stage.outputs:
+        made = work / "out" / path
+        if made.exists():
+            _replace(made, out / path)
+    entry |= json.loads(finished.read_text()) | {"status": "done", "digests": {p: _digest(out / p) for p in stage.outputs}}
+    _write_manifest(out, manifest)
+    shutil.rmtree(work)
+    memory = f"{entry['peak_rss_bytes'] / 2**30:.1f} GiB"
+    progress.say(f"[{stage.name}] done in {progress.duration(entry['seconds'])}, peak memory {memory}")
+
+
+def _stage_key(stage: Stage, config: Config, out: Path) -> str:
+    """Digest of everything that the result of a stage depends on."""
+    parts = [stage.name, __version__, config_digest(config, *stage.keys) if stage.keys else ""]
+    parts += [f"{name}={_digest(out / path)}" for name, path in stage.inputs.items()]
+    if "data.private" in stage.keys:
+        parts += [f"{path}={sha256_file(path)}" for path in source_files(config)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    """Digest of a file, or of the names and contents of a folder."""
+    if path.is_file():
+        return sha256_file(path)
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    lines = "".join(f"{p.relative_to(path)} {sha256_file(p)}\n" for p in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _open_manifest(out: Path, config: Config) -> dict[str, Any]:
+    if (out / "manifest.json").is_file():
+        manifest = read_manifest(out)
+    else:
+        if any(path.name not in (".lock",) for path in out.iterdir()):
+            raise InputError("the folder is not empty and no run folder", where=out, fix="choose another --out", code="not-a-run")
+        manifest = {"stages": {}}
+    manifest |= {
+        "version": __version__,
+        "git": _git_revision(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "hardware": hardware(),
+        "seed": config.seed,
+        "argv": sys.argv,
+        "config_digest": config_digest(config),
+    }
+    return manifest
+
+
+def _refuse_another_federation(manifest: dict[str, Any], stage: Stage, config: Config, out: Path, first: str | None) -> None:
+    entry = manifest["stages"].get(stage.name)
+    if entry is None or first == stage.name or entry["key"] == _stage_key(stage, config, out):
+        return
+    raise InputError(
+        "the run folder belongs to another config: its devices trained on other data, seeds or settings",
+        where=out,
+        fix=f"choose another --out, or --from {stage.name} to throw its uploads away",
+        code="another-run",
+    )
+
+
+def _check_resources(config: Config, out: Path) -> None:
+    """Refuse a run that cannot end well for lack of disk or memory, before any work is lost."""
+    base = models.read_config(models.base_checkpoint(config.distill.base, config.family))
+    weights = 4 * models.parameter_total(base)
+    # K bases, a trunk, the merged MoE, its control and the tuned two, and the checkpoints of a training (weights, two moments).
+    disk = (config.experts + 1) * weights + 4 * config.experts * weights + 6 * config.experts * weights
+    free = shutil.disk_usage(out).free
+    if disk > free:
+        raise InputError(f"the run needs about {disk / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free", where=out, code="too-little-disk")
+    if torch.cuda.is_available():
+        return
+    tokens = config.data.max_chars // 3
+    memory = models.estimate_training_bytes(base, "full", config.distill.batch_size, tokens)
+    available = psutil.virtual_memory().available
+    if memory > available:
+        raise InputError(
+            f"distilling one base takes about {memory / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are free",
+            where="distill.base", fix="a smaller base, distill.batch_size or data.max_chars", code="too-little-memory",
+        )  # fmt: skip
+
+
+def hardware() -> dict[str, Any]:
+    """What a figure of this run was measured on."""
+    return {
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _git_revision() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")
+    except OSError as error:
+        raise InputError(f"cannot write there ({error.strerror})", where=out, code="bad-out") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError("another process works in this run folder", where=out, fix="wait for it", code="run-busy") from None
+        yield
+
+
+class _Watch:
+    """Seconds and peak resident memory of this process and its workers; the seconds survive a kill."""
+
+    def __init__(self, file: Path, spent: float) -> None:
+        self.file, self.spent = file, spent
+        self.peak = 0
+        self.begin = time.monotonic()
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    @property
+    def seconds(self) -> float:
+        return round(self.spent + time.monotonic() - self.begin, 2)
+
+    def __enter__(self) -> _Watch:
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop.set()
+        self.thread.join()
+
+    def _watch(self) -> None:
+        process = psutil.Process()
+        while True:
+            total = 0
+            for member in (process, *process.children(recursive=True)):
+                try:
+                    total += member.memory_info().rss
+                except psutil.Error:
+                    continue
+            self.peak = max(self.peak, total)
+            _write(self.file, str(self.seconds))
+            if self.stop.wait(0.5):
+                return
+
+
+def _write_manifest(out: Path, manifest: dict[str, Any]) -> None:
+    _write(out / "manifest.json", json.dumps(manifest, indent=1))
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".part")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _replace(made: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_dir():
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(target, old)
+        os.rename(made, target)
+        shutil.rmtree(old)
+    else:
+        os.replace(made, target)
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())

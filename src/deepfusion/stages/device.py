@@ -1,0 +1,183 @@
+"""What happens on a device: train the on-device model on private text, and pack what leaves the device."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from deepfusion import __version__, models, progress
+from deepfusion.config import Config, DeviceSpec
+from deepfusion.corpus import Document
+from deepfusion.data import Example, make_splits, reading_order, windows
+from deepfusion.distillation import Collator, Distiller, LossWeights
+from deepfusion.embedding import embed
+from deepfusion.errors import InputError
+from deepfusion.jobs import run_jobs
+from deepfusion.metrics import context_limit, evaluate_model
+from deepfusion.training import train
+from deepfusion.upload import Card, write_card
+
+
+def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+    """Train every device of a simulated federation; writes `out`/uploads/<device>/."""
+    splits = make_splits(config)
+    jobs = [
+        {"config": config, "device": device, "private": splits.private[device.id], "held_out": splits.held_out[device.id],
+         "upload": out / "uploads" / str(device.id), "work": out / "work" / str(device.id)}
+        for device in splits.devices if device.id is not None
+    ]  # fmt: skip
+    cards = run_jobs(train_device, jobs, config.jobs)
+    return {
+        "devices": len(cards),
+        "loss_before": sum(card["loss_before"] for card in cards) / len(cards),
+        "loss_after": sum(card["loss_after"] for card in cards) / len(cards),
+    }
+
+
+def train_device(
+    config: Config, device: DeviceSpec, private: list[Example], held_out: list[Example], upload: Path, work: Path
+) -> dict[str, Any]:
+    """Train one device and write its upload folder; a finished upload is left alone, an unfinished training goes on.
+
+    Args:
+        config: `device`, `data.max_chars`, `data.prompt_loss_weight`, `precision` and `seed` are read.
+        device: its id, type and method.
+        private: documents to train on; only weights and an embedding of them leave this function.
+        held_out: private documents that show how much was learned.
+        upload: the folder to write.
+        work: folder of the checkpoints.
+
+    Returns:
+        The losses before and after, in nats per completion token.
+    """
+    name, method = str(device.id), device.method or config.device.method
+    done = upload / "card.json"
+    if done.is_file():
+        card = Card.model_validate_json(done.read_text("utf-8"))
+        return {"loss_before": card.loss_before, "loss_after": card.loss_after}
+    if device.memory is not None:
+        _check_memory(config, device, method)
+    precision = models.resolve_precision(config.precision)
+    base = models.resolve(device.type)
+    tokenizer = models.load_tokenizer(base)
+    student = _load_student(base, method, precision, name)
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if method != "qlora":
+        student.to(where)
+    before = _loss(student, tokenizer, held_out, config)
+    adapter = None
+    if method != "full":
+        torch.manual_seed(config.seed)
+        adapter = get_peft_model(
+            student,
+            LoraConfig(
+                r=config.device.lora_rank,
+                lora_alpha=2 * config.device.lora_rank,
+                target_modules=models.LORA_TARGETS,
+                task_type="CAUSAL_LM",
+            ),
+        )
+    documents = [Document(piece, "private") for example in private for piece in windows(example, config.data.max_chars)]
+    order = reading_order([len(d.example.text) for d in documents], config.device.steps, config.device.batch_size, config.seed)
+    train(
+        Distiller(student, LossWeights()),
+        [[documents[i] for i in batch] for batch in order],
+        Collator(tokenizer, {}, config.data.prompt_loss_weight, context_limit(student)),
+        stage="device",
+        unit=f"{name} {Path(device.type).name}",
+        work=work,
+        learning_rate=config.device.learning_rate,
+        precision=precision,
+        seed=config.seed,
+        checkpoint_seconds=config.checkpoint_seconds,
+    )
+    student.eval()
+    after = _loss(student, tokenizer, held_out, config)
+    part = upload.with_name(f".{upload.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    if adapter is not None:
+        adapter.save_pretrained(part)
+        (part / "README.md").unlink(missing_ok=True)  # PEFT's model card names local paths
+        student.config.save_pretrained(part)
+    else:
+        student.to(_stored_dtype(base)).save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    write_card(
+        part,
+        Card(
+            device=name,
+            type=Path(device.type).name if Path(device.type).exists() else device.type,
+            model_class=type(student).__name__,
+            signature=models.type_signature(part, models.base_digest(device.type)),
+            base=device.type,
+            base_digest=models.base_digest(device.type),
+            method=method,
+            embedding=embed([e.text for e in private], config.device.encoder, config.device.embedding_size).tolist(),
+            encoder=config.device.encoder,
+            tokens=sum(len(tokenizer(e.text, add_special_tokens=False).input_ids) for e in private),
+            documents=len(private),
+            loss_before=before,
+            loss_after=after,
+            steps=config.device.steps,
+            seed=config.seed,
+            deepfusion_version=__version__,
+        ),
+    )
+    shutil.rmtree(upload, ignore_errors=True)
+    os.replace(part, upload)
+    shutil.rmtree(work, ignore_errors=True)
+    progress.say(f"[device {name}] held-out loss {before:.3f} -> {after:.3f} nats/token")
+    return {"loss_before": before, "loss_after": after}
+
+
+def _load_student(base: str, method: str, precision: str, name: str) -> PreTrainedModel:
+    if method != "qlora":
+        return models.load_model(base, "fp32" if method == "full" else precision)
+    try:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        )  # fmt: skip
+        model = models.load_model(base, precision, quantization)
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"NF4 quantisation does not run here ({str(error).splitlines()[0]})",
+            where=f"device {name}", allowed="full or lora", fix="pip install deepfusion[qlora] on supported hardware",
+            code="no-qlora",
+        ) from None  # fmt: skip
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def _stored_dtype(base: str) -> torch.dtype:
+    """Uploads are as precise as the public checkpoint they came from: bf16 halves what crosses the network."""
+    return models.read_config(base).dtype or torch.float32
+
+
+def _loss(model: PreTrainedModel, tokenizer: Any, held_out: list[Example], config: Config) -> float:
+    measured = evaluate_model(
+        model, tokenizer, held_out, batch_size=config.evaluate.batch_size, max_chars=config.data.max_chars, choices=False
+    )
+    return float(measured["log_perplexity"])
+
+
+def _check_memory(config: Config, device: DeviceSpec, method: str) -> None:
+    budget = models.parse_memory(device.memory or "")
+    needed = models.estimate_training_bytes(
+        models.model_config(device.type), method, config.device.batch_size, config.data.max_chars // 3,
+        models.resolve_precision(config.precision), config.device.lora_rank,
+    )  # fmt: skip
+    if needed > budget:
+        raise InputError(
+            f"training {device.type} ({method}) takes about {needed / 2**30:.1f} GiB",
+            where=f"device {device.id}",
+            allowed=f"{device.memory}",
+            fix=f"deepfusion device plan --memory {device.memory} lists what fits",
+            code="too-little-memory",
+        )

@@ -1,0 +1,136 @@
+"""Phase II: distil every proxy into a dense base; in recipe `fused` by way of one trunk that all proxies teach."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from deepfusion import families, models, progress
+from deepfusion.config import Config
+from deepfusion.corpus import Document, build_corpus, read_corpus, write_corpus
+from deepfusion.data import make_splits, reading_order
+from deepfusion.distillation import Collator, Distiller, LossWeights, Teacher
+from deepfusion.jobs import run_jobs
+from deepfusion.metrics import context_limit
+from deepfusion.training import train
+
+
+def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+    """Writes `out`/bases/: corpus.jsonl, trunk/ where there is one, and one checkpoint 0/, 1/, ... per cluster.
+
+    `distill.steps` is shared out: `trunk_share` of it to the trunk, the rest in equal parts to the bases.
+    """
+    bases, work = out / "bases", out / "work"
+    bases.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
+    proxies = [inputs["proxies"] / str(k) for k in range(config.experts)]
+    precision = models.resolve_precision(config.precision)
+    families.check_base(config.family, models.read_config(models.base_checkpoint(config.distill.base, config.family)))
+    if not (bases / "corpus.jsonl").is_file():
+        write_corpus(build_corpus(config, make_splits(config), proxies, precision, work), bases / "corpus.jsonl")
+    corpus = read_corpus(bases / "corpus.jsonl")
+
+    start = models.base_checkpoint(config.distill.base, config.family)
+    trunk_steps = round(config.distill.steps * config.distill.trunk_share)
+    branch_steps = (config.distill.steps - trunk_steps) // config.experts
+    if trunk_steps:
+        trunk_job = {"config": config, "start": start, "proxies": dict(enumerate(proxies)), "documents": corpus,
+                     "steps": trunk_steps, "train_all": True, "unit": "trunk", "out": bases / "trunk", "work": work / "trunk"}  # fmt: skip
+        distill(**trunk_job)
+        start = bases / "trunk"
+    jobs = [
+        {"config": config, "start": start, "proxies": {k: proxy}, "documents": _texts(config, corpus, k, bool(trunk_steps)),
+         "steps": branch_steps, "train_all": config.distill.train == "all", "unit": f"base {k}", "out": bases / str(k),
+         "work": work / str(k)}
+        for k, proxy in enumerate(proxies)
+    ]  # fmt: skip
+    losses = run_jobs(distill, jobs, config.jobs)
+    return {"documents": len(corpus), "trunk_steps": trunk_steps, "steps_per_base": branch_steps, "losses": losses}
+
+
+def _texts(config: Config, corpus: list[Document], k: int, has_trunk: bool) -> list[Document]:
+    """What base k reads: with a trunk its own texts, without one all public text, as in the paper.
+
+    A sample of another proxy is never public text: it is a message from that proxy to its own base.
+    """
+    own = [d for d in corpus if d.teacher == k]
+    if has_trunk and own:
+        return own
+    return [Document(d.example, d.source, k) for d in corpus if d.source != "sampled" or d.teacher == k]
+
+
+def distill(
+    config: Config, start: Path, proxies: dict[int, Path], documents: list[Document], steps: int, train_all: bool,
+    unit: str, out: Path, work: Path,
+) -> float | None:  # fmt: skip
+    """Train one dense student with the given proxies as its teachers; writes a Hugging Face checkpoint to `out`.
+
+    Returns:
+        The mean loss of the last logged steps, None without any step.
+    """
+    if (out / "config.json").is_file():
+        return None
+    settings = config.distill
+    precision = models.resolve_precision(config.precision)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = models.load_tokenizer(start)
+    student = models.load_model(start, "fp32").to(device)
+    history: list[dict[str, float]] = []
+    if steps:
+        vaa = settings.vaa if settings.alpha > 0 else None
+        teachers = {k: Teacher(folder, tokenizer, precision, device) for k, folder in proxies.items()}
+        weights = LossWeights(
+            settings.ce_weight, settings.alpha, settings.beta, settings.chunk_weight, temperature=settings.temperature
+        )
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(train_all or families.is_ffn_name(name))
+        order = reading_order([len(d.example.text) for d in documents], steps, settings.batch_size, config.seed)
+        history = train(
+            Distiller(student, weights, teachers, vaa, config.seed),
+            [[documents[i] for i in batch] for batch in order],
+            Collator(tokenizer, teachers, config.data.prompt_loss_weight, context_limit(student), vaa),
+            stage="distill",
+            unit=unit,
+            work=work,
+            learning_rate=settings.learning_rate,
+            precision=precision,
+            seed=config.seed,
+            checkpoint_seconds=config.checkpoint_seconds,
+        )
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    student.eval().save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    if config.merge.router == "prototype" and unit != "trunk":
+        rows = _prototype(student, tokenizer, [d for d in documents if d.teacher in proxies], config)
+        save_file({"prototype": rows}, part / "prototype.safetensors")
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(part, out)
+    shutil.rmtree(work, ignore_errors=True)
+    if history:
+        progress.say(f"[distill {unit}] loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}")
+    return history[-1]["loss"] if history else None
+
+
+def _prototype(student: PreTrainedModel, tokenizer: Any, documents: list[Document], config: Config) -> torch.Tensor:
+    """Mean input of every layer's FFN over the texts of one base: fp32 [layers, hidden]."""
+    inputs: dict[str, list[torch.Tensor]] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(name, []).append(args[0].mean((0, 1))))
+        for name, module in student.named_modules()
+        if name.endswith(".mlp")
+    ]
+    collate = Collator(tokenizer, {}, 1.0, context_limit(student))
+    with torch.inference_mode():
+        for first in range(0, min(len(documents), 64), config.distill.batch_size):
+            batch = collate(documents[first : first + config.distill.batch_size])
+            student.base_model(input_ids=batch["input_ids"].to(student.device))
+    for hook in hooks:
+        hook.remove()
+    return torch.stack([torch.stack(rows).mean(0).float().cpu() for rows in inputs.values()])

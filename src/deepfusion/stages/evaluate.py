@@ -1,0 +1,275 @@
+"""Held-out measurement: the MoE beside the untouched base, the control without distillation, devices and proxies."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from deepfusion import progress
+from deepfusion.config import Config
+from deepfusion.data import Example, load_source, make_splits
+from deepfusion.jobs import run_jobs
+from deepfusion.metrics import evaluate_model, expert_use
+from deepfusion.models import load_model, load_tokenizer, resolve, resolve_precision
+from deepfusion.upload import read_card
+
+# The shares of experts settle long before the losses do.
+EXPERT_USE_DOCUMENTS = 64
+
+Metrics = dict[str, Any]
+
+
+def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+    """Measure every model on the test documents and write `out`/evaluation.json.
+
+    Args:
+        inputs: any of `moe`, `control`, `base` (checkpoints), `uploads`, `proxies` (folders of checkpoints), `registry` and
+            `clusters` (JSON files). What is missing is null in the result.
+        out: also holds units/, one finished measurement a file, from which a killed stage continues.
+
+    Returns:
+        The MoE's pooled numbers and its comparison with the references.
+
+    Raises:
+        InputError: data or models that cannot be read.
+    """
+    test, private = _documents(config)
+    test = _capped(test, config.evaluate.max_documents, config.seed)
+    plan = _Plan(inputs, test, private)
+    measured = _measure_all(config, plan, test, out / "units")
+    moe = measured.get("moe")
+    report = {
+        "moe": moe and moe["metrics"],
+        "references": {
+            "base": _metrics(measured, "base"),
+            "no_distillation": _metrics(measured, "control"),
+            "devices": _best_devices(plan, measured),
+            "proxies": _proxies(plan, measured),
+        },
+        "proxy_against_members": _against_members(plan, measured),
+        "expert_use": moe and moe["expert_use"],
+    }
+    report["comparison"] = _comparison(report)
+    _write_json(out / "evaluation.json", report)
+    shown = ("log_perplexity", "bits_per_byte", "token_accuracy", "choice_accuracy")
+    return {"moe": moe and {key: moe["metrics"][key] for key in shown}, "comparison": report["comparison"]}
+
+
+class _Plan:
+    """Which model is measured on which domains: all for the MoE and its references, the own ones for devices and proxies.
+
+    A device's own domain (`home`) is the domain of most of its private documents. It is None where these are not known, as with
+    uploads from elsewhere; then every domain is tried.
+    """
+
+    def __init__(self, inputs: dict[str, Path], test: list[Example], private: dict[str, list[Example]]) -> None:
+        self.domains = sorted({example.domain for example in test})
+        self.devices: list[dict[str, Any]] = _read_json(inputs.get("registry")) or []
+        self.clusters: list[dict[str, Any]] = (_read_json(inputs.get("clusters")) or {}).get("clusters", [])
+        held = {entry["device"]: self._held(private.get(entry["device"], [])) for entry in self.devices}
+        self.home = {device: _majority(counts) for device, counts in held.items()}
+        self.cluster_domain = {
+            cluster["id"]: _majority(sum((held[device] for device in cluster["devices"]), Counter())) for cluster in self.clusters
+        }
+        self.folders: dict[str, Path] = {}
+        self.wanted: dict[str, list[str]] = {}
+        for name in ("moe", "control", "base"):
+            self._add(name, inputs.get(name), self.domains)
+        for cluster in self.clusters:
+            number, members = cluster["id"], [self.home[device] for device in cluster["devices"]]
+            self._add(f"proxy-{number}", _below(inputs, "proxies", number), [*members, self.cluster_domain[number]])
+        for index, entry in enumerate(self.devices):
+            device = entry["device"]
+            clusters = [self.cluster_domain[c["id"]] for c in self.clusters if device in c["devices"]]
+            # Numbered, not named: ids come from uploads and these names become file names.
+            self._add(f"device-{index}", _below(inputs, "uploads", device), [self.home[device], *clusters])
+
+    def _held(self, examples: list[Example]) -> Counter[str]:
+        return Counter(example.domain for example in examples if example.domain in self.domains)
+
+    def _add(self, name: str, folder: Path | None, domains: Iterable[str | None]) -> None:
+        if folder is not None and folder.is_dir() and self.domains:
+            known = {domain for domain in domains if domain is not None}
+            self.folders[name] = folder
+            self.wanted[name] = self.domains if None in domains else sorted(known)
+
+
+def measure(
+    unit: Path, folder: Path, examples: list[Example], batch_size: int, max_chars: int, choices: bool, precision: str, routers: bool
+) -> dict[str, Any]:
+    """Measure one model, or read what an earlier attempt measured; the work of one process.
+
+    Returns:
+        {"metrics": as `evaluate_model`, "expert_use": as `expert_use`, or None without `routers`}
+    """
+    found = _read_json(unit)
+    if found is not None:
+        return found
+    model, tokenizer = _load(folder, precision), load_tokenizer(folder)
+    metrics = evaluate_model(model, tokenizer, examples, batch_size=batch_size, max_chars=max_chars, choices=choices)
+    use = None
+    if routers:
+        few = _capped(examples, EXPERT_USE_DOCUMENTS, 0)
+        use = expert_use(model, tokenizer, few, batch_size=batch_size, max_chars=max_chars)
+    result = {"metrics": metrics, "expert_use": use}
+    _write_json(unit, result)
+    progress.say(
+        f"evaluate {unit.stem}: {metrics['bits_per_byte']:.3f} bits per byte, {metrics['log_perplexity']:.3f} nats per token, "
+        f"token accuracy {metrics['token_accuracy']:.1%} on {', '.join(metrics['by_domain'])}"
+    )
+    return result
+
+
+def _measure_all(config: Config, plan: _Plan, test: list[Example], units: Path) -> dict[str, dict[str, Any]]:
+    units.mkdir(parents=True, exist_ok=True)
+    jobs = [
+        {
+            "unit": units / f"{name}.json",
+            "folder": folder,
+            "examples": [example for example in test if example.domain in plan.wanted[name]],
+            "batch_size": config.evaluate.batch_size,
+            "max_chars": config.data.max_chars,
+            "choices": config.evaluate.choices,
+            "precision": resolve_precision(config.precision),
+            "routers": name == "moe",
+        }
+        for name, folder in plan.folders.items()
+    ]
+    return dict(zip(plan.folders, run_jobs(measure, jobs, config.jobs), strict=True))
+
+
+def _load(folder: Path, precision: str) -> PreTrainedModel:
+    """A checkpoint, or the adapter of an upload on the base that its card names."""
+    if (folder / "adapter_config.json").is_file():
+        base = load_model(resolve(read_card(folder).base), precision)
+        model = PeftModel.from_pretrained(base, folder).merge_and_unload()
+    else:
+        model = load_model(folder, precision)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _documents(config: Config) -> tuple[list[Example], dict[str, list[Example]]]:
+    """Test documents, and private documents by device where this run knows them."""
+    if config.data.private or isinstance(config.devices, list):
+        splits = make_splits(config)
+        return splits.test, splits.private
+    return (load_source(config.data.test) if isinstance(config.data.test, str) else []), {}
+
+
+def _capped(examples: list[Example], limit: int | None, seed: int) -> list[Example]:
+    """At most `limit` documents of each domain, a seeded choice, in their order."""
+    if limit is None:
+        return examples
+    chosen: set[int] = set()
+    for domain in {example.domain for example in examples}:
+        places = [i for i, example in enumerate(examples) if example.domain == domain]
+        chosen.update(random.Random(f"{seed} {domain}").sample(places, min(limit, len(places))))
+    return [examples[i] for i in sorted(chosen)]
+
+
+def _best_devices(plan: _Plan, measured: dict[str, dict[str, Any]]) -> dict[str, Metrics] | None:
+    """For each domain the device at home there with the fewest bits per byte; devices differ in tokenizer."""
+    best: dict[str, Metrics] = {}
+    for index, entry in enumerate(plan.devices):
+        found = _metrics(measured, f"device-{index}")
+        home = plan.home[entry["device"]]
+        for domain, values in found["by_domain"].items() if found else ():
+            at_home = home in (None, domain)
+            if at_home and (domain not in best or values["bits_per_byte"] < best[domain]["bits_per_byte"]):
+                best[domain] = {"device": entry["device"], "type": entry["type"], **values}
+    return dict(sorted(best.items())) or None
+
+
+def _proxies(plan: _Plan, measured: dict[str, dict[str, Any]]) -> dict[str, Metrics] | None:
+    proxies = {}
+    for cluster in plan.clusters:
+        found = _metrics(measured, f"proxy-{cluster['id']}")
+        if found:
+            about = {"type": cluster["type"], "devices": cluster["devices"], "domain": _domain(plan, cluster["id"], found)}
+            proxies[str(cluster["id"])] = {**about, **found}
+    return proxies or None
+
+
+def _against_members(plan: _Plan, measured: dict[str, dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """Each proxy and its best member in nats per token on the cluster's domain: one model type, so they compare."""
+    names = {entry["device"]: f"device-{index}" for index, entry in enumerate(plan.devices)}
+    rows = []
+    for cluster in plan.clusters:
+        proxy = _metrics(measured, f"proxy-{cluster['id']}")
+        members = [found for device in cluster["devices"] if (found := _metrics(measured, names[device]))]
+        if proxy and members:
+            domain = _domain(plan, cluster["id"], proxy)
+            own = proxy["by_domain"][domain]["log_perplexity"]
+            best = min(member["by_domain"][domain]["log_perplexity"] for member in members)
+            rows.append({"cluster": cluster["id"], "domain": domain, "proxy": own, "best_member": best, "difference": own - best})
+    return rows or None
+
+
+def _domain(plan: _Plan, cluster: int, proxy: Metrics) -> str:
+    """The cluster's own domain; where it is not known, the one that its proxy predicts best."""
+    known = plan.cluster_domain[cluster]
+    return known or min(proxy["by_domain"], key=lambda domain: proxy["by_domain"][domain]["bits_per_byte"])
+
+
+def _comparison(report: dict[str, Any]) -> dict[str, Any]:
+    moe, references = report["moe"], report["references"]
+    return {
+        "moe_minus_no_distillation": _difference(moe, references["no_distillation"]),
+        "moe_minus_base": _difference(moe, references["base"]),
+        "bits_per_byte_ratio_to_proxies": _ratio_to_proxies(moe, references["proxies"]),
+    }
+
+
+def _difference(moe: Metrics | None, other: Metrics | None) -> dict[str, float] | None:
+    """Means over the domains, MoE minus other (same tokenizer): losses below 0 and accuracies above 0 favour the MoE."""
+    if not moe or not other:
+        return None
+    return {key: value - other["mean_over_domains"][key] for key, value in moe["mean_over_domains"].items()}
+
+
+def _ratio_to_proxies(moe: Metrics | None, proxies: dict[str, Metrics] | None) -> float | None:
+    """Bits per byte of the MoE over those of the proxies on their own domains.
+
+    Both are means over the same domains, and a domain with several proxies counts once, so that neither a domain without a proxy
+    nor one with many tilts the ratio.
+    """
+    if not moe or not proxies:
+        return None
+    own: dict[str, list[float]] = {}
+    for proxy in proxies.values():
+        own.setdefault(proxy["domain"], []).append(proxy["by_domain"][proxy["domain"]]["bits_per_byte"])
+    of_moe = sum(moe["by_domain"][domain]["bits_per_byte"] for domain in own)
+    return of_moe / sum(sum(values) / len(values) for values in own.values())
+
+
+def _metrics(measured: dict[str, dict[str, Any]], name: str) -> Metrics | None:
+    return measured[name]["metrics"] if name in measured else None
+
+
+def _majority(counts: Counter[str]) -> str | None:
+    return min(counts, key=lambda domain: (-counts[domain], domain), default=None)
+
+
+def _below(inputs: dict[str, Path], key: str, name: object) -> Path | None:
+    return inputs[key] / str(name) if key in inputs else None
+
+
+def _read_json(path: Path | None) -> Any:
+    return json.loads(path.read_text("utf-8")) if path is not None and path.is_file() else None
+
+
+def _write_json(path: Path, values: Any) -> None:
+    """Whole or not at all, also when the process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", "utf-8")
+    os.replace(temporary, path)
