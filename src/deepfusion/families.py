@@ -333,8 +333,13 @@ def export_deepseek_v1(moe_folder: Path | str, out: Path | str) -> None:
     """
     moe_folder, out = Path(moe_folder), Path(out)
     config = AutoConfig.from_pretrained(moe_folder)
-    dense = list(getattr(config, "mlp_only_layers", []))
-    if config.model_type != "qwen2_moe" or config.qkv_bias or dense != list(range(len(dense))):
+    head = config.hidden_size // config.num_attention_heads  # v1 knows no other size of a head
+    if (
+        config.model_type != "qwen2_moe"
+        or config.qkv_bias
+        or config.mlp_only_layers != list(range(len(config.mlp_only_layers)))
+        or getattr(config, "head_dim", head) != head
+    ):
         raise InputError("not an MoE of family deepseek", where=moe_folder, code="export-family")
     if config.num_experts_per_tok == 1:
         raise InputError(

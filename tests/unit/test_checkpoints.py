@@ -71,18 +71,16 @@ def test_slices_that_share_storage_can_be_written(tmp_path):
     assert torch.equal(reader.get("turned"), whole.T)
 
 
-def test_failed_block_leaves_no_weights(tmp_path):
-    with pytest.raises(RuntimeError), TensorWriter(tmp_path, shard_bytes=1) as writer:
+def write_twice(folder: Path) -> None:
+    with TensorWriter(folder, shard_bytes=1) as writer:
         writer.add("a", torch.ones(3))
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
+        writer.add("a", torch.ones(3))
 
 
-def test_a_name_cannot_be_added_twice(tmp_path):
-    writer = TensorWriter(tmp_path)
-    writer.add("a", torch.ones(1))
+def test_failed_block_leaves_no_weights(tmp_path):
     with pytest.raises(ValueError, match="twice"):
-        writer.add("a", torch.ones(1))
+        write_twice(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_pickled_missing_and_damaged_weights_are_refused(tmp_path):
@@ -108,9 +106,7 @@ def test_index_cannot_reach_outside_of_its_folder(tmp_path, file):
 
 @QUICK
 @given(
-    text=st.one_of(
-        st.text(max_size=30), st.recursive(st.none() | st.integers() | st.text(max_size=3), st.lists).map(json.dumps)
-    )
+    text=st.text(max_size=30) | st.sampled_from(["[]", "{}", "1", '{"weight_map": []}', '{"weight_map": {"a": [1]}}'])
 )
 def test_any_broken_index_is_an_input_error(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
