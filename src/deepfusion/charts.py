@@ -126,7 +126,7 @@ def _cell(x: float, y: float, width: float, height: float, value: float, low: fl
     if not form:
         return box
     ink = "#fff" if share > 0.55 else "#12263a"
-    number = Markup('<text x="{}" y="{}" class="cell" fill="{}">{}</text>')
+    number = Markup('<text x="{}" y="{}" class="cell" style="fill:{}">{}</text>')
     return box + number.format(x + width / 2, y + height / 2 + 4, ink, format(value, form))
 
 

@@ -200,7 +200,7 @@ class Config(Section):
     def _consistent(self) -> Config:
         if self.top_k > self.experts:
             raise ValueError(f"top_k={self.top_k} is more than experts={self.experts}")
-        if self.experts > 1 and self.top_k == 1 and self.tune.steps > 0:
+        if self.experts > 1 and self.top_k * self.merge.split == 1 and self.tune.steps > 0:
             raise ValueError("top_k=1 gives the router no gradient (its weights are normalised to 1); use top_k of 2 or more")
         if isinstance(self.devices, int) and not 1 <= self.devices <= 100_000:
             raise ValueError("devices must be at least 1")

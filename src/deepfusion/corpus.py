@@ -16,7 +16,7 @@ import torch
 
 from deepfusion import progress
 from deepfusion.config import Config
-from deepfusion.data import Example, Splits, example_from_row, example_to_row, windows
+from deepfusion.data import Example, Splits, windows
 from deepfusion.errors import InputError
 from deepfusion.jobs import run_jobs
 from deepfusion.metrics import bits_per_byte_of_each, context_limit
@@ -41,16 +41,12 @@ def build_corpus(config: Config, splits: Splits, proxies: list[Path], precision:
         InputError: nothing is left of the public text that the config asks for.
     """
     documents: list[Document] = []
-    for name in dict.fromkeys(config.data.public):
-        if name == "sampled":
-            documents += _sampled(config, proxies, precision, work)
-            continue
-        examples = {"in_domain": splits.public, "generic": splits.generic}.get(name)
-        if examples is None:
-            examples = splits.public_files[name]
-        if not examples:
-            raise InputError("no public text", where=f"data.public: {name}", fix="name a file, generic or sampled", code="no-public-text")
-        documents += [Document(w, name) for example in examples for w in windows(example, config.data.max_chars)]
+    for source, examples in (("public", splits.public), ("generic", splits.generic)):
+        documents += [Document(piece, source) for example in examples for piece in windows(example, config.data.max_chars)]
+    if "sampled" in config.data.public:
+        documents += _sampled(config, proxies, precision, work)
+    if not documents:
+        raise InputError("there is no public text", where="data.public", fix="name a file, generic or sampled", code="no-public-text")
     documents = assign_teachers(documents, proxies, precision, config)
     counts = Counter((d.source, d.teacher) for d in documents)
     for (source, teacher), count in sorted(counts.items(), key=str):
@@ -60,7 +56,7 @@ def build_corpus(config: Config, splits: Splits, proxies: list[Path], precision:
 
 def assign_teachers(documents: list[Document], proxies: list[Path], precision: str, config: Config) -> list[Document]:
     """Give every document that has no teacher the proxy with the fewest bits per byte on it."""
-    open_ = [d.example for d in documents if d.teacher is None]
+    open_ = [Example("", d.example.text, d.example.domain) for d in documents if d.teacher is None]
     if not open_:
         return documents
     jobs = [{"folder": proxy, "examples": open_, "precision": precision, "batch_size": config.evaluate.batch_size} for proxy in proxies]
@@ -71,7 +67,11 @@ def assign_teachers(documents: list[Document], proxies: list[Path], precision: s
 
 def write_corpus(documents: list[Document], path: Path) -> None:
     """JSONL, one document a line: the data format of the project plus `teacher` and `source`."""
-    rows = [example_to_row(d.example) | {"teacher": d.teacher, "source": d.source} for d in documents]
+    rows = [
+        {"prompt": d.example.prompt, "completion": d.example.completion, "domain": d.example.domain, "teacher": d.teacher,
+         "source": d.source}
+        for d in documents
+    ]  # fmt: skip
     temporary = path.with_suffix(".part")
     temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     os.replace(temporary, path)
@@ -83,8 +83,7 @@ def read_corpus(path: Path) -> list[Document]:
     for line in path.read_text("utf-8").split("\n"):
         if line:
             row = json.loads(line)
-            teacher, source = row.pop("teacher"), row.pop("source")
-            documents.append(Document(example_from_row(row), source, teacher))
+            documents.append(Document(Example(row["prompt"], row["completion"], row["domain"]), row["source"], row["teacher"]))
     return documents
 
 

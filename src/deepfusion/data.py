@@ -113,8 +113,8 @@ class Splits:
 def make_splits(config: Config) -> Splits:
     """Split all documents; a pure function of the config and of the contents of its sources.
 
-    Each source (a file of a glob counts as one) gives its share to test and, where `data.public` names in_domain, to public.
-    A document that two sources hold belongs to the first.
+    Each source (a file of a glob counts as one) gives its share to test and, where `data.public` names in_domain, to
+    public. A document that two sources hold belongs to the first.
 
     Raises:
         InputError: a bad source, or too few documents for the devices.
@@ -123,9 +123,8 @@ def make_splits(config: Config) -> Splits:
     common = _expand([data.private] if isinstance(data.private, str) else data.private)
     devices, own = _resolve_devices(config, common)
     if not common and not any(own.values()):
-        raise InputError(
-            "there is no private data", where="data.private", fix="--set data.private=FILE.jsonl", code="no-private-data"
-        )
+        fix = "--set data.private=FILE.jsonl"
+        raise InputError("there is no private data", where="data.private", fix=fix, code="no-private-data")
     test = load_source(data.test) if isinstance(data.test, str) else []
     taken = {example.id for example in test}
     public: list[Example] = []
@@ -137,10 +136,9 @@ def make_splits(config: Config) -> Splits:
         if len(found) < sum(counts) + 1:
             raise InputError(f"{len(found)} new documents are too few to split", where=source, code="too-few-documents")
         order = shuffled(found, seed, "split")
-        first, second = counts[0], sum(counts)
-        test += order[:first]
-        public += order[first:second]
-        kept[source] = choose(found, 0, seed, "") or order[second:]
+        test += order[: counts[0]]
+        public += order[counts[0] : sum(counts)]
+        kept[source] = order[sum(counts) :]
     parts = _deal(devices, own, common, kept, config)
     private, held_out = {}, {}
     for device, documents in parts.items():
@@ -170,7 +168,8 @@ def _server_text(config: Config, in_domain: list[Example], test: list[Example]) 
     generic: list[Example] = []
     if "generic" in data.public:
         generic = unique((example for source in data.generic for example in load_source(source)), without=test_ids)
-    return unique([*in_domain, *files], without=test_ids), choose(generic, data.generic_documents, config.seed, "generic")
+        generic = choose(generic, data.generic_documents, config.seed, "generic")
+    return unique([*in_domain, *files], without=test_ids), generic
 
 
 def _resolve_devices(config: Config, common: list[str]) -> tuple[list[DeviceSpec], dict[str, list[str]]]:
@@ -182,15 +181,14 @@ def _resolve_devices(config: Config, common: list[str]) -> tuple[list[DeviceSpec
         named = {str(device.id): [device.data] if isinstance(device.data, str) else device.data for device in devices}
         return devices, {name: _expand(data) for name, data in named.items() if data}
     count = len(common) if config.devices is None else config.devices
-    names, data = _numbered(count), dict.fromkeys(range(count))
-    types = np.random.default_rng(config.seed).choice(config.device.types, size=count)
-    own: dict[str, list[str]] = {}
-    if config.devices is None:
-        stems = [Path(source).stem for source in common]
-        if len(set(stems)) == count and all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", stem) for stem in stems):
-            names = stems
-        own = {name: [source] for name, source in zip(names, common, strict=True)}
-    return [DeviceSpec(id=name, type=str(kind)) for name, kind in zip(names, types, strict=True)], own
+    types = np.random.default_rng(config.seed).choice(config.device.types, size=count).tolist()
+    if config.devices is not None:
+        return [DeviceSpec(id=name, type=kind) for name, kind in zip(_numbered(count), types, strict=True)], {}
+    stems = [Path(source).stem for source in common]
+    fit = len(set(stems)) == count and all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", stem) for stem in stems)
+    rows = list(zip(stems if fit else _numbered(count), types, common, strict=True))
+    devices = [DeviceSpec(id=name, type=kind, data=source) for name, kind, source in rows]
+    return devices, {name: [source] for name, _, source in rows}
 
 
 def _numbered(count: int) -> list[str]:
@@ -198,7 +196,11 @@ def _numbered(count: int) -> list[str]:
 
 
 def _deal(
-    devices: list[DeviceSpec], own: dict[str, list[str]], common: list[str], kept: dict[str, list[Example]], config: Config
+    devices: list[DeviceSpec],
+    own: dict[str, list[str]],
+    common: list[str],
+    kept: dict[str, list[Example]],
+    config: Config,
 ) -> dict[str, list[Example]]:
     """The private documents of every device."""
     parts: dict[str, list[Example]] = {str(device.id): [] for device in devices}
@@ -207,7 +209,7 @@ def _deal(
         for source in sources:
             users[source].append(name)
     scheme, alpha = config.data.partition.scheme, config.data.partition.alpha
-    for source, names in users.items():
+    for number, (source, names) in enumerate(users.items()):
         if len(names) > 1 and len(kept[source]) < LEAST_SHARED * len(names):
             raise InputError(
                 f"{len(kept[source])} private documents of {source} for {len(names)} devices",
@@ -215,7 +217,7 @@ def _deal(
                 allowed=f"at least {LEAST_SHARED} documents a device",
                 code="too-few-documents",
             )
-        shares = partition(kept[source], len(names), "random_uneven", alpha, config.seed, LEAST_SHARED)
+        shares = partition(kept[source], len(names), "random_uneven", alpha, config.seed + number, least=LEAST_SHARED)
         for name, share in zip(names, shares, strict=True):
             parts[name] += share
     others = [name for name in parts if name not in own]
@@ -229,12 +231,12 @@ def _deal(
                 fix="more documents or fewer devices",
                 code="too-few-documents",
             )
-        parts |= zip(others, partition(pool, len(others), scheme, alpha, config.seed, LEAST_SHARED), strict=True)
+        shares = partition(pool, len(others), scheme, alpha, config.seed, least=LEAST_SHARED)
+        parts |= zip(others, shares, strict=True)
     for name, documents in parts.items():
         if len(documents) < LEAST:
-            raise InputError(
-                f"{len(documents)} private documents", where=f"device {name}", allowed="2 or more", code="too-few-documents"
-            )
+            what = f"{len(documents)} private documents"
+            raise InputError(what, where=f"device {name}", allowed=f"at least {LEAST}", code="too-few-documents")
     return parts
 
 
@@ -242,21 +244,22 @@ def _deal(
 
 
 def partition(
-    examples: Sequence[Example], devices: int, scheme: Scheme, alpha: float, seed: int, least: int = 1
+    examples: Sequence[Example], devices: int, scheme: Scheme, alpha: float, seed: int, *, least: int = 1
 ) -> list[list[Example]]:
     """Give every document to exactly one device.
 
     Args:
         scheme: random_uneven deals shuffled documents in Dirichlet(alpha) sizes; by_domain gives domains to devices in
-            proportion, in uneven sizes (small domains join the device with the fewest documents where there are more domains
-            than devices); dirichlet draws for each domain how it spreads over the devices.
+            proportion, in uneven sizes (domains too many or too small for a device of their own join the device with
+            the fewest documents); dirichlet draws for each domain how it spreads over the devices.
         least: documents of every device, or the mean where that is less.
 
     Raises:
         InputError: fewer documents than devices.
     """
     if len(examples) < devices:
-        raise InputError(f"{len(examples)} documents for {devices} devices", fix="fewer devices", code="too-few-documents")
+        what = f"{len(examples)} documents for {devices} devices"
+        raise InputError(what, fix="fewer devices", code="too-few-documents")
     generator = np.random.default_rng(seed)
     least = min(least, len(examples) // devices)
     order = generator.permutation(len(examples)).tolist()
@@ -332,22 +335,22 @@ def encode(
 ) -> Encoded:
     """Tokenize prompt and completion as one text, with a start mark and, by default, an end mark.
 
-    The start mark (BOS, else EOS) weighs 0, completion tokens and the end mark 1, prompt tokens `prompt_weight`. A token that
-    straddles the border belongs to the completion. Longer sequences than `max_tokens` are cut on the right.
+    The start mark (BOS, else EOS) weighs 0, completion tokens and the end mark 1, prompt tokens `prompt_weight`. A
+    token that straddles the border belongs to the completion. Longer sequences than `max_tokens` are cut on the right.
 
     Raises:
         InputError: no character offsets (a slow tokenizer), or no special token to mark start and end.
     """
+    where = tokenizer.name_or_path
     if not tokenizer.is_fast:
-        raise InputError(
-            "the tokenizer gives no character offsets", where=tokenizer.name_or_path, allowed="fast tokenizers", code="slow-tokenizer"
-        )
+        what = "the tokenizer gives no character offsets"
+        raise InputError(what, where=where, allowed="fast tokenizers", code="slow-tokenizer")
     end_mark = tokenizer.eos_token_id
     start_mark = end_mark if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start_mark is None or (add_end and end_mark is None):
-        raise InputError("the tokenizer has no end-of-text token", where=tokenizer.name_or_path, code="no-end-token")
+        raise InputError("the tokenizer has no end-of-text token", where=where, code="no-end-token")
     text = example.text
-    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, padding=False, verbose=False)
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
     ids, offsets = [start_mark, *tokens["input_ids"]], [(0, 0), *tokens["offset_mapping"]]
     border = len(example.prompt)
     weights = [0.0, *(1.0 if end > border else prompt_weight for _, end in tokens["offset_mapping"])]
@@ -363,14 +366,15 @@ def encode(
 def reading_order(lengths: Sequence[int], steps: int, batch_size: int, seed: int) -> list[list[int]]:
     """The documents of each batch of a training: `steps` lists of `batch_size` indexes into `lengths`.
 
-    Epoch after epoch in seeded random order, so that no document is seen twice more often than another; documents of similar
-    length share a batch to save padding (sorted within pools of 16 batches, the batches of a pool shuffled).
+    Epoch after epoch in seeded random order, so that the counts of any two documents differ by one at most. Documents
+    of similar length share a batch to save padding (sorted within pools of 16 batches, the batches of a pool shuffled).
     """
     if not lengths:
         raise InputError("there are no documents to train on", code="no-data")
     generator = np.random.default_rng(seed)
     count, total = len(lengths), steps * batch_size
-    stream = np.concatenate([generator.permutation(count) for _ in range(-(-total // count))] or [np.empty(0, int)])[:total].tolist()
+    epochs = -(-total // count)
+    stream = [index for _ in range(epochs) for index in generator.permutation(count).tolist()][:total]
     batches: list[list[int]] = []
     start = 0
     while start < total:
@@ -395,8 +399,9 @@ def overlap(examples: Iterable[Example], others: Iterable[Example], n: int = 13)
     wanted: dict[int, set[str]] = defaultdict(set)
     for example in examples:
         words = example.text.split()
-        length = min(n, len(words))
-        wanted[length] |= _runs(words, length)
+        if words:
+            length = min(n, len(words))
+            wanted[length] |= _runs(words, length)
     found = set()
     for other in others:
         words = other.text.split()

@@ -135,7 +135,7 @@ class Distiller(nn.Module):
         super().__init__()
         self.student, self.weights = student, weights
         self.teachers = teachers or {}
-        self.moe = families.is_moe(student.config)
+        self.moe = bool(families.expert_parameters(student))
         self.stages = vaa.stages if vaa is not None else 0
         self.vaa = nn.ModuleDict()
         if vaa is not None:
@@ -147,7 +147,7 @@ class Distiller(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, groups: list[Group]) -> dict[str, Tensor]:
         """Scalars: `loss`, its parts `ce`, `kl`, `chunk`, `feature`, `balance`, the token `accuracy`, and `tokens` read."""
-        recording = families.router_logits_by_layer(self.student) if self.moe else nullcontext([])
+        recording = families.router_logits_by_layer(self.student) if self.moe else nullcontext({})
         with recording as router_logits:
             states = _decode(self.student, input_ids, attention_mask, bool(self.vaa))
         head = self.student.get_output_embeddings()
@@ -164,8 +164,9 @@ class Distiller(nn.Module):
         if self.moe and w.balance:
             config = self.student.config
             totals["balance"] = load_balance(
-                router_logits, families.routed_per_token(config), attention_mask, families.router_scores(config)
-            )
+                list(router_logits.values()), config.num_experts_per_tok, attention_mask,
+                "sigmoid" if config.model_type == "deepseek_v3" else "softmax",
+            )  # fmt: skip
             loss = loss + w.balance * totals["balance"]
         return {"loss": loss, **totals, "tokens": attention_mask.sum()}
 
@@ -183,11 +184,15 @@ class Distiller(nn.Module):
         output = teacher.model.get_output_embeddings()
         losses = _named(
             distillation_losses(
-                aligned, student, input_ids[rows],
-                Projection(teacher_states[-1], output.weight, getattr(output, "bias", None)), ids,
-                teacher.vocabulary, self.weights.temperature,
+                aligned,
+                student,
+                input_ids[rows],
+                teacher=Projection(teacher_states[-1], output.weight, getattr(output, "bias", None)),
+                teacher_ids=ids,
+                vocabulary=teacher.vocabulary,
+                temperature=self.weights.temperature,
             )
-        )  # fmt: skip
+        )
         if self.vaa:
             assert group.student_pool is not None and group.teacher_pool is not None
             losses["feature"] = self.vaa[str(group.teacher)](

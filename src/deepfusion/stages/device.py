@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from deepfusion import __version__, models, progress
 from deepfusion.config import Config, DeviceSpec
 from deepfusion.corpus import Document
-from deepfusion.data import Example, make_splits, reading_order, windows
+from deepfusion.data import make_splits, reading_order, windows
 from deepfusion.distillation import Collator, Distiller, LossWeights
 from deepfusion.embedding import embed
 from deepfusion.errors import InputError
 from deepfusion.jobs import run_jobs
 from deepfusion.metrics import context_limit, evaluate_model
+from deepfusion.sources import Example, read_jsonl, shuffled, unique
 from deepfusion.training import train
 from deepfusion.upload import Card, write_card
 
@@ -38,6 +40,46 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
         "loss_before": sum(card["loss_before"] for card in cards) / len(cards),
         "loss_after": sum(card["loss_after"] for card in cards) / len(cards),
     }
+
+
+def train_alone(
+    config: Config, data: Path, upload: Path, type: str | None, memory: str | None, name: str | None
+) -> dict[str, Any]:
+    """Train one real device from its own file; what `deepfusion device train` runs.
+
+    Args:
+        type: model type; None takes the largest of `device.types` that fits `memory`, or their first without a budget.
+        memory: budget of the training process.
+        name: of the device; default the name of the upload folder.
+
+    Raises:
+        InputError: bad data, or nothing fits.
+    """
+    documents = read_jsonl(data)
+    if len(documents) < 2:
+        raise InputError("one document is not enough: one is held out", where=data, code="too-few-documents")
+    if type is None:
+        type = config.device.types[0] if memory is None else _largest(config, memory, documents)
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", name or upload.resolve().name)[:64]
+    order = shuffled(unique(documents), config.seed, "held_out")
+    count = max(1, len(order) // 10)
+    work = upload.with_name(f".{upload.name}.work")
+    device = DeviceSpec(id=name, type=type, method=None, data=None, memory=memory)
+    return train_device(config, device, order[count:], order[:count], upload, work)
+
+
+def _largest(config: Config, memory: str, documents: list[Example]) -> str:
+    plan = models.plan(
+        models.parse_memory(memory), config.device.types, (config.device.method,), config.device.batch_size,
+        min(max(len(d.text) for d in documents), config.data.max_chars), models.resolve_precision(config.precision),
+        config.device.lora_rank,
+    )  # fmt: skip
+    if plan["chosen"] is None:
+        raise InputError(
+            f"no type of device.types can be trained with {memory}", allowed="deepfusion device plan lists what fits",
+            code="too-little-memory",
+        )  # fmt: skip
+    return str(plan["chosen"]["type"])
 
 
 def train_device(

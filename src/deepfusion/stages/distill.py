@@ -89,7 +89,7 @@ def distill(
             settings.ce_weight, settings.alpha, settings.beta, settings.chunk_weight, temperature=settings.temperature
         )
         for name, parameter in student.named_parameters():
-            parameter.requires_grad_(train_all or families.is_ffn_name(name))
+            parameter.requires_grad_(train_all or ".mlp." in name)
         order = reading_order([len(d.example.text) for d in documents], steps, settings.batch_size, config.seed)
         history = train(
             Distiller(student, weights, teachers, vaa, config.seed),

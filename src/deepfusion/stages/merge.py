@@ -29,13 +29,22 @@ _PROVENANCE = {"_name_or_path", "transformers_version"}
 def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, object]:
     """Merges `inputs["bases"]/0..K-1` into `out/moe/merged`, a plain Hugging Face checkpoint with its tokenizer.
 
+    `out/moe/untaught` is the same MoE made of the public base `inputs["base"]`.
+
     Returns:
         {"experts" and "top_k" (routed, as the model counts them), "total_parameters", "active_parameters", "digest"}.
 
     Raises:
         InputError: a base is missing or differs from base 0, or the bases do not fit the family or the layout.
     """
-    folders = [Path(inputs["bases"]) / str(number) for number in range(config.experts)]
+    folders = [inputs["bases"] / str(number) for number in range(config.experts)]
+    summary = _write_moe(config, folders, config.merge.router == "prototype", out / "moe" / "merged")
+    # The control of the tune stage: the same MoE with the untouched public base as every expert.
+    _write_moe(config, [inputs["base"]] * config.experts, False, out / "moe" / "untaught")
+    return summary
+
+
+def _write_moe(config: Config, folders: list[Path], prototypes: bool, merged: Path) -> dict[str, object]:
     base_config = _common_config(folders)
     _check_same_tokenizer(folders)
     layout = MoELayout(
@@ -47,9 +56,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, object]
         dense_layers=tuple(config.merge.dense_layers),
     )
     target = moe_config(base_config, layout)
-    router = _prototype_router(folders, base_config) if config.merge.router == "prototype" else None
-
-    merged = Path(out) / "moe" / "merged"
+    router = _prototype_router(folders, base_config) if prototypes else None
     readers = [TensorReader(folder) for folder in folders]
     with TensorWriter(merged) as writer:
         for name, tensor in merge_tensors(layout, readers, base_config, router, seed=config.seed):
@@ -57,7 +64,6 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, object]
     target.save_pretrained(merged)
     _save_generation_config(folders[0], target, merged)
     copy_tokenizer(folders[0], merged)
-
     count = parameter_count(target)
     return {
         "experts": layout.routed,

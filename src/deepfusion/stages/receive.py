@@ -1,0 +1,65 @@
+"""In place of training devices: take a folder of uploads, or of plain Hugging Face checkpoints that nobody prepared."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from deepfusion import models, progress
+from deepfusion.config import Config
+from deepfusion.corpus import sample_texts
+from deepfusion.embedding import embed
+from deepfusion.errors import InputError
+from deepfusion.jobs import run_jobs
+from deepfusion.upload import adopt_checkpoint
+
+SAMPLES = 64  # texts a plain checkpoint samples so that its knowledge can be embedded
+
+
+def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+    """Copy the uploads in `given` to `out`/uploads; plain checkpoints get a card and an embedding of what they sample.
+
+    Uploads are only copied here; the registry decides which of them are sound.
+    """
+    folders = upload_folders(inputs["given"])
+    target = out / "uploads"
+    target.mkdir(parents=True, exist_ok=True)
+    plain = []
+    for folder in folders:
+        if (folder / "card.json").exists():
+            shutil.copytree(folder, target / folder.name, symlinks=True, dirs_exist_ok=True)
+        elif not (target / folder.name / "card.json").is_file():
+            plain.append({"folder": folder, "out": target / folder.name, "config": config})
+    run_jobs(_adopt, plain, config.jobs)
+    return {"uploads": len(folders), "plain_checkpoints": len(plain)}
+
+
+def upload_folders(given: Path) -> list[Path]:
+    """The uploads or checkpoints below a folder, by name.
+
+    Raises:
+        InputError: no such folder, or nothing in it.
+    """
+    if not given.is_dir():
+        raise InputError("there is no such folder", where=given, allowed="a folder of uploads or of checkpoints", code="no-uploads")
+    folders = sorted(p for p in given.iterdir() if p.is_dir() and ((p / "config.json").exists() or (p / "card.json").exists()))
+    if not folders:
+        raise InputError(
+            "no upload and no checkpoint in this folder",
+            where=given,
+            allowed="subfolders with a card.json or a config.json",
+            code="no-uploads",
+        )
+    return folders
+
+
+def _adopt(folder: Path, out: Path, config: Config) -> None:
+    device = re.sub(r"[^A-Za-z0-9._-]", "-", folder.name)[:64]
+    progress.say(f"[device {device}] a plain checkpoint: embedding what it samples")
+    texts = sample_texts(folder, SAMPLES, 512, config.seed, models.resolve_precision(config.precision))
+    if not texts:
+        raise InputError("the checkpoint samples no text", where=folder, code="silent-checkpoint")
+    embedding = embed(texts, config.device.encoder, config.device.embedding_size)
+    adopt_checkpoint(folder, out, device, embedding, config.device.encoder)
