@@ -30,7 +30,7 @@ class Section(BaseModel):
 class DeviceSpec(Section):
     """One device of a simulated federation."""
 
-    id: str | None = Field(None, description="name of the device; default d00, d01, ...", pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    id: str | None = Field(None, description="name of the device; default d00, d01, ...", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     type: str = Field(description="preset of the on-device model, hub name or local folder")
     data: str | list[str] | None = Field(
         None, description="its private text; devices naming the same source share it out; default: a part of data.private"

@@ -29,6 +29,8 @@ from deepfusion.upload import Card, write_card
 def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     """Train every device of a simulated federation; writes `out`/uploads/<device>/."""
     splits = make_splits(config)
+    if not splits.devices:
+        raise InputError("there is no private data", where="data.private", fix="--set data.private=FILE.jsonl", code="no-private-data")
     jobs = [
         {"config": config, "device": device, "private": splits.private[device.id], "held_out": splits.held_out[device.id],
          "upload": out / "uploads" / str(device.id), "work": out / "work" / str(device.id)}
@@ -55,13 +57,13 @@ def train_alone(
     Raises:
         InputError: bad data, or nothing fits.
     """
-    documents = read_jsonl(data)
+    documents = unique(read_jsonl(data))
     if len(documents) < 2:
         raise InputError("one document is not enough: one is held out", where=data, code="too-few-documents")
     if type is None:
         type = config.device.types[0] if memory is None else _largest(config, memory, documents)
-    name = re.sub(r"[^A-Za-z0-9._-]", "-", name or upload.resolve().name)[:64]
-    order = shuffled(unique(documents), config.seed, "held_out")
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", name or upload.resolve().name).lstrip("._-")[:64] or "device"
+    order = shuffled(documents, config.seed, "held_out")
     count = max(1, len(order) // 10)
     work = upload.with_name(f".{upload.name}.work")
     device = DeviceSpec(id=name, type=type, method=None, data=None, memory=memory)

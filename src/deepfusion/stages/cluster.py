@@ -1,0 +1,117 @@
+"""Phase I: group the devices into knowledge domains [DF eq. 6], sharing the experts out among the model types."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.cluster import KMeans
+
+from deepfusion.config import Config
+from deepfusion.errors import InputError
+
+
+def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+    """Writes `out`/clusters.json: the share of each type, the members of each cluster, and all similarities.
+
+    Raises:
+        InputError: more types than experts, fewer devices than experts, or embeddings that cannot be compared.
+    """
+    devices = sorted(json.loads(inputs["registry"].read_text("utf-8")), key=lambda entry: entry["device"])
+    embeddings = _normalised(devices)
+    types: dict[str, list[int]] = {}
+    for index, entry in enumerate(devices):
+        types.setdefault(entry["signature"], []).append(index)
+    _check_counts(config.experts, len(devices), len(types))
+    tokens = [max(1, sum(devices[i]["tokens"] for i in members)) for members in types.values()]
+    shares = share_out(config.experts, tokens, [len(members) for members in types.values()])
+
+    clusters: list[dict[str, Any]] = []
+    for (signature, members), share in zip(types.items(), shares, strict=True):
+        for group in _group(embeddings[members], share, config):
+            chosen = [devices[members[i]] for i in group]
+            clusters.append(
+                {"id": len(clusters), "type": chosen[0]["type"], "signature": signature,
+                 "devices": [entry["device"] for entry in chosen], "tokens": sum(entry["tokens"] for entry in chosen)}
+            )  # fmt: skip
+    result = {
+        "experts": config.experts,
+        "types": [
+            {"signature": signature, "type": devices[members[0]]["type"], "devices": len(members), "share": share}
+            for (signature, members), share in zip(types.items(), shares, strict=True)
+        ],
+        "clusters": clusters,
+        "assignment": {device: cluster["id"] for cluster in clusters for device in cluster["devices"]},
+        "similarity": {
+            "devices": [entry["device"] for entry in devices],
+            "matrix": np.round(embeddings @ embeddings.T, 6).tolist(),
+        },
+    }
+    (out / "clusters.json").write_text(json.dumps(result, indent=1), "utf-8")
+    return {"types": len(types), "clusters": [cluster["devices"] for cluster in clusters]}
+
+
+def share_out(experts: int, tokens: list[int], devices: list[int]) -> list[int]:
+    """Share `experts` clusters out among model types: at least 1 and at most `devices[i]` each, else by `tokens`.
+
+    Largest remainder, with what a type cannot use going to the others; the lower index wins ties.
+    """
+    shares = [1] * len(tokens)
+    quota = np.array(tokens, float) / sum(tokens) * experts
+    while sum(shares) < experts:
+        lack = [q - s if s < limit else -np.inf for q, s, limit in zip(quota, shares, devices, strict=True)]
+        shares[int(np.argmax(lack))] += 1
+    return shares
+
+
+def _normalised(devices: list[dict[str, Any]]) -> np.ndarray:
+    """Unit embeddings, float64 [devices, size]."""
+    first = devices[0]
+    for entry in devices[1:]:
+        if (entry["encoder"], len(entry["embedding"])) != (first["encoder"], len(first["embedding"])):
+            raise InputError(
+                f"its embedding is {entry['encoder']} of length {len(entry['embedding'])}",
+                where=f"device {entry['device']}",
+                allowed=f"{first['encoder']} of length {len(first['embedding'])}, as of device {first['device']}",
+                fix="make the upload again with the same device.encoder and device.embedding_size",
+                code="embeddings-differ",
+            )
+    matrix = np.array([entry["embedding"] for entry in devices])
+    return matrix / np.linalg.norm(matrix, axis=1, keepdims=True).clip(1e-12)
+
+
+def _check_counts(experts: int, devices: int, types: int) -> None:
+    if devices < experts:
+        raise InputError(
+            f"{devices} sound uploads are fewer than experts={experts}", where="experts", allowed=f"1 to {devices}",
+            fix=f"--set experts={devices}", code="fewer-devices-than-experts",
+        )  # fmt: skip
+    if types > experts:
+        raise InputError(
+            f"{types} model types need at least one expert each, there are {experts}", where="experts",
+            allowed=f"{types} to {devices}", fix=f"--set experts={types}", code="more-types-than-experts",
+        )  # fmt: skip
+
+
+def _group(embeddings: np.ndarray, clusters: int, config: Config) -> list[list[int]]:
+    """Members of each cluster, none empty, ordered by their first member."""
+    count = len(embeddings)
+    if config.clustering.assignment == "random":
+        labels = np.random.default_rng(config.seed).permutation(np.arange(count) % clusters)
+    else:
+        kmeans = KMeans(clusters, n_init=config.clustering.restarts, random_state=config.seed)
+        labels = kmeans.fit_predict(embeddings)
+        _fill_empty(labels, kmeans.transform(embeddings), clusters)
+    groups = [np.flatnonzero(labels == label).tolist() for label in range(clusters)]
+    return sorted(groups)
+
+
+def _fill_empty(labels: np.ndarray, distances: np.ndarray, clusters: int) -> None:
+    """Equal embeddings can leave clusters empty: each takes the member of a larger one that lies farthest out."""
+    for label in range(clusters):
+        if not (labels == label).any():
+            sizes = np.bincount(labels, minlength=clusters)
+            own = distances[np.arange(len(labels)), labels]
+            labels[np.where(sizes[labels] > 1, own, -1.0).argmax()] = label
