@@ -1,4 +1,4 @@
-"""On-device model types: presets, loading, what makes two models averageable, and the memory that training one takes."""
+"""On-device model types: presets, loading, what makes two models averageable, and the memory that training takes."""
 
 from __future__ import annotations
 
@@ -68,8 +68,10 @@ PRESETS: dict[str, Preset] = {
     ),
     **{
         name: Preset()
-        for name in ("tiny-gpt2", "tiny-llama", "tiny-olmo", "tiny-bloom")
-        + ("tiny-qwen2", "tiny-qwen3", "tiny-deepseek", "tiny-deepseek-v2", "tiny-deepseek-v3")
+        for name in (
+            *("tiny-gpt2", "tiny-llama", "tiny-olmo", "tiny-bloom"),
+            *("tiny-qwen2", "tiny-qwen3", "tiny-deepseek", "tiny-deepseek-v2", "tiny-deepseek-v3"),
+        )
     },
 }
 
@@ -104,7 +106,8 @@ def resolve(type: str) -> str:
 @lru_cache
 def _download(type: str, hub: str) -> str:
     try:
-        return snapshot_download(hub, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"], ignore_patterns="*/*")
+        wanted = ["*.safetensors", "*.json", "*.txt", "*.model"]
+        return snapshot_download(hub, allow_patterns=wanted, ignore_patterns="*/*")
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"cannot fetch {hub} from the Hugging Face hub ({_first_line(error)})",
@@ -159,8 +162,12 @@ def read_config(folder: str | Path) -> PretrainedConfig:
         raise InputError(f"the config cannot be read ({_first_line(error)})", where=folder, code="bad-config") from None
 
 
-def load_model(path: str | Path, precision: str = "fp32") -> PreTrainedModel:
+def load_model(path: str | Path, precision: str = "fp32", quantization: Any = None) -> PreTrainedModel:
     """A causal language model with its weights in `precision` (fp32 or bf16), on the CPU, in evaluation mode.
+
+    Args:
+        path: anything that `resolve` takes.
+        quantization: a `BitsAndBytesConfig` for QLoRA.
 
     Raises:
         InputError: missing or damaged files, pickled weights, weights that do not fit the config.
@@ -168,9 +175,10 @@ def load_model(path: str | Path, precision: str = "fp32") -> PreTrainedModel:
     folder = resolve(str(path))
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
+            quantization_config=quantization,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
@@ -178,6 +186,7 @@ def load_model(path: str | Path, precision: str = "fp32") -> PreTrainedModel:
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise InputError(f"the model cannot be loaded ({_first_line(error)})", where=path, code="bad-model") from None
+    model, loading = loaded
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise InputError(f"{len(missing)} tensors are missing, such as {missing[0]}", where=path, code="bad-model")
@@ -195,7 +204,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     except InputError:
         raise
     except Exception as error:  # tokenizers raises bare Exception
-        raise InputError(f"the tokenizer cannot be loaded ({_first_line(error)})", where=path, code="bad-tokenizer") from None
+        what = f"the tokenizer cannot be loaded ({_first_line(error)})"
+        raise InputError(what, where=path, code="bad-tokenizer") from None
     if not tokenizer.is_fast:
         raise InputError("not a fast tokenizer: it gives no character offsets", where=path, code="slow-tokenizer")
     if tokenizer.eos_token_id is None:
@@ -272,8 +282,8 @@ _BOOKKEEPING = re.compile(
 def type_signature(folder: str | Path, base: str = "") -> str:
     """Digest of class, shapes, architecture settings, tokenizer and base checkpoint, 64 hex digits.
 
-    Only models of equal signatures are averaged. Weights that started from different checkpoints lie in different basins, and
-    the same shapes with another number of heads or another vocabulary mean something else.
+    Only models of equal signatures are averaged. Weights that started from different checkpoints lie in different
+    basins, and the same shapes with another number of heads or another vocabulary mean something else.
 
     Args:
         folder: holds `config.json` and `tokenizer.json`.
@@ -301,7 +311,7 @@ def tokenizer_digest(folder: str | Path) -> str:
 # Memory of a training on a device.
 
 RUNTIME_BYTES = 560 * 10**6
-"""Resident memory of a process that has imported torch, transformers, Trainer and PEFT and has run one step (measured)."""
+"""Resident memory of a process that has imported torch, transformers and PEFT and has run one step (measured)."""
 HEAP_LIMIT = 32 * 2**20
 """Larger allocations are mapped and given back one by one; smaller ones come from the C library's heap (glibc)."""
 FRAGMENTATION = 1.6
@@ -318,9 +328,9 @@ def estimate_training_bytes(
 ) -> int:
     """Peak bytes of the whole process while it trains this model.
 
-    Counted on the meta device, so no memory is taken: weights (fp32; a frozen base in `precision`, in 4 bits for qlora),
-    fp32 gradients and the two AdamW moments of what is trained, every tensor that autograd really keeps for the backward pass,
-    blocks of logits, the largest temporary of AdamW, and the runtime itself.
+    Counted on the meta device, so no memory is taken: weights (fp32; a frozen base in `precision`, qlora in 4 bits),
+    fp32 gradients and the two AdamW moments of what is trained, every tensor that autograd really keeps for the
+    backward pass, blocks of logits, the largest temporary of AdamW, and the runtime itself.
 
     Args:
         method: full, lora or qlora.
@@ -357,9 +367,10 @@ def parse_memory(memory: str | int) -> int:
     Raises:
         InputError: anything else.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?\s*", str(memory), re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?\s*", str(memory), re.IGNORECASE)
     if match is None or (size := float(match[1]) * _unit(match[2], match[3])) < 1:
-        raise InputError(f"{memory!r} is no amount of memory", allowed="4GB, 512MiB or a number of bytes", code="bad-memory")
+        allowed = "4GB, 512MiB or a number of bytes"
+        raise InputError(f"{memory!r} is no amount of memory", allowed=allowed, code="bad-memory")
     return int(size)
 
 
@@ -379,8 +390,8 @@ def plan(
         text: length of the longest document in characters, default 1024; a token is taken to hold three of them.
 
     Returns:
-        {"budget_bytes", "fits": [{"type", "method", "estimated_bytes"}], "chosen"}: the largest type first, for one type the
-        method that trains most; `chosen` is the first of them, None where nothing fits.
+        {"budget_bytes", "fits": [{"type", "method", "estimated_bytes"}], "chosen"}: the largest type first, for one
+        type the method that trains most; `chosen` is the first of them, None where nothing fits.
     """
     tokens = math.ceil((text or 1024) / 3)
     found = []
@@ -391,7 +402,8 @@ def plan(
         for method in methods:
             needed = estimate_training_bytes(config, method, batch_size, longest, precision, lora_rank)
             if needed <= budget_bytes:
-                found.append((-size, METHODS.index(method), {"type": type, "method": method, "estimated_bytes": needed}))
+                entry = {"type": type, "method": method, "estimated_bytes": needed}
+                found.append((-size, METHODS.index(method), entry))
     fits = [entry for *_, entry in sorted(found, key=lambda item: item[:2])]
     return {"budget_bytes": budget_bytes, "fits": fits, "chosen": fits[0] if fits else None}
 
@@ -405,15 +417,16 @@ def _meta_model(config: PretrainedConfig) -> PreTrainedModel:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # A config comes from others, and the classes fail in many ways on bad values.
-        raise InputError(f"the config describes no causal language model ({_first_line(error)})", code="bad-config") from None
+        what = f"the config describes no causal language model ({_first_line(error)})"
+        raise InputError(what, code="bad-config") from None
 
 
 def _linear_sizes(model: PreTrainedModel) -> list[tuple[int, int]]:
     """[out, in] of every layer that LoRA adapts: all linear ones but the output layer."""
     head = model.get_output_embeddings()
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
-    convolutions = [tuple(module.weight.shape[::-1]) for module in model.modules() if isinstance(module, Conv1D)]
-    return [(layer.out_features, layer.in_features) for layer in layers] + convolutions
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    convolutions = [module for module in model.modules() if isinstance(module, Conv1D)]
+    return [(m.out_features, m.in_features) for m in linear] + [(m.nf, m.nx) for m in convolutions]
 
 
 class _FusedAttention(torch.autograd.Function):

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
 from transformers import GenerationConfig
 
 from deepfusion import models, progress
+from deepfusion.adapters import ADAPTER_CONFIG, open_adapter
 from deepfusion.checkpoints import TensorReader, TensorWriter, copy_tokenizer
 from deepfusion.config import Config
 from deepfusion.errors import InputError
@@ -34,11 +34,13 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
         part = target.with_name(f".{target.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        average([inputs["uploads"] / name for name in cluster["devices"]], [registry[n] for n in cluster["devices"]], part)
+        folders = [inputs["uploads"] / name for name in cluster["devices"]]
+        average(folders, [registry[name] for name in cluster["devices"]], part)
         _describe(cluster, registry, part)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(part, target)
-        progress.say(f"[proxy {cluster['id']}] mean of {len(cluster['devices'])} {cluster['type']}: {', '.join(cluster['devices'])}")
+        names = ", ".join(cluster["devices"])
+        progress.say(f"[proxy {cluster['id']}] mean of {len(cluster['devices'])} {cluster['type']}: {names}")
     return {"proxies": len(clusters)}
 
 
@@ -47,14 +49,21 @@ def average(folders: list[Path], entries: list[dict[str, Any]], out: Path) -> No
 
     Args:
         folders: upload folders; an upload with an adapter stands for the public checkpoint plus its low-rank update.
-        entries: what the registry says of each (`base`, `base_digest`, `method`).
+        entries: what the registry says of each (`device`, `base`, `base_digest`).
         out: folder of the averaged checkpoint.
+
+    Raises:
+        InputError: the public checkpoint of an adapter cannot be had, or buffers that must be equal differ.
     """
+    dtype = torch.float32
     members = [_member(folder, entry) for folder, entry in zip(folders, entries, strict=True)]
     with TensorWriter(out) as writer:
         for name in members[0].names():
             first = members[0].get(name)
             if not first.is_floating_point():
+                for folder, member in zip(folders[1:], members[1:], strict=True):
+                    if not torch.equal(first, member.get(name)):
+                        raise InputError(f"{name} differs from the others", where=folder, code="buffers-differ")
                 writer.add(name, first)
                 continue
             # Summing differences to the first keeps the mean of equal tensors bit-identical to them.
@@ -62,11 +71,18 @@ def average(folders: list[Path], entries: list[dict[str, Any]], out: Path) -> No
             shift = torch.zeros_like(origin)
             for member in members[1:]:
                 shift += member.get(name).float() - origin
-            writer.add(name, (origin + shift / len(members)).to(members[0].dtype(name)))
-    models.read_config(folders[0]).save_pretrained(out)
+            dtype = _widest([member.dtype(name) for member in members])
+            writer.add(name, (origin + shift / len(members)).to(dtype))
+    config = models.read_config(folders[0])
+    config.dtype = dtype
+    config.save_pretrained(out)
     if (folders[0] / "generation_config.json").is_file():
         GenerationConfig.from_pretrained(folders[0]).save_pretrained(out)
     copy_tokenizer(folders[0], out)
+
+
+def _widest(dtypes: list[torch.dtype]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 class _Member(Protocol):
@@ -76,18 +92,18 @@ class _Member(Protocol):
 
 
 def _member(folder: Path, entry: dict[str, Any]) -> _Member:
-    return _Adapted(folder, entry) if (folder / "adapter_config.json").is_file() else _Full(folder)
+    return _Adapted(folder, entry) if (folder / ADAPTER_CONFIG).is_file() else _Full(folder)
 
 
 class _Full:
-    """The tensors of a checkpoint under the names of the whole model; some hub checkpoints leave the trunk's prefix out."""
+    """The tensors of a checkpoint by their names in the whole model; some hub checkpoints leave the trunk's prefix out."""
 
     def __init__(self, folder: Path) -> None:
         self.reader = TensorReader(folder)
         known = models.architecture(models.read_config(folder))
         stored = set(self.reader.names())
-        self.stored = {name: name if name in stored else name.removeprefix(known.prefix) for name in known.tensors}
-        self.stored = {name: own for name, own in self.stored.items() if own in stored}
+        own = {name: name if name in stored else name.removeprefix(known.prefix) for name in known.tensors}
+        self.stored = {name: stored_name for name, stored_name in own.items() if stored_name in stored}
 
     def names(self) -> list[str]:
         return sorted(self.stored)
@@ -107,14 +123,13 @@ class _Adapted:
         if models.base_digest(entry["base"]) != entry["base_digest"]:
             raise InputError(
                 f"the server's {entry['base']} is not the checkpoint that the adapter was trained on",
-                where=f"device {entry['device']}", fix="bring the same revision to both sides", code="base-differs",
-            )  # fmt: skip
+                where=f"device {entry['device']}",
+                fix="bring the same revision to both sides",
+                code="base-differs",
+            )
         self.base = _Full(base)
         self.transposed = models.architecture(models.read_config(base)).transposed
-        self.settings = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-        self.adapter = safe_open(str(folder / "adapter_model.safetensors"), framework="pt")
-        pattern = re.compile(r"base_model\.model\.(.+)\.lora_A\.weight")
-        self.targets = {f"{found[1]}.weight": found[1] for key in self.adapter.keys() if (found := pattern.fullmatch(key))}  # noqa: SIM118
+        self.adapter = open_adapter(folder)
 
     def names(self) -> list[str]:
         return self.base.names()
@@ -124,15 +139,9 @@ class _Adapted:
 
     def get(self, name: str) -> torch.Tensor:
         weight = self.base.get(name)
-        if name not in self.targets:
+        if name not in self.adapter.targets:
             return weight
-        a, b = (
-            self.adapter.get_tensor(f"base_model.model.{self.targets[name]}.lora_{side}.weight").float() for side in "AB"
-        )
-        rank = self.settings["r"]
-        scale = self.settings["lora_alpha"] / (rank**0.5 if self.settings.get("use_rslora") else rank)
-        update = scale * (b @ a)
-        return weight.float() + (update.T if name in self.transposed else update)
+        return weight.float() + self.adapter.update(name, name in self.transposed)
 
 
 def _describe(cluster: dict[str, Any], registry: dict[str, Any], folder: Path) -> None:
@@ -142,10 +151,12 @@ def _describe(cluster: dict[str, Any], registry: dict[str, Any], folder: Path) -
         "signature": cluster["signature"],
         "devices": {name: registry[name]["digest"] for name in cluster["devices"]},
     }
-    rows = "\n".join(f"| {name} | {registry[name]['method']} | {registry[name]['tokens']} |" for name in cluster["devices"])
+    members = [registry[name] for name in cluster["devices"]]
+    rows = "\n".join(f"| {entry['device']} | {entry['method']} | {entry['tokens']} |" for entry in members)
     (folder / "README.md").write_text(
-        f"# Proxy {cluster['id']}\n\nThe element-wise mean of {len(cluster['devices'])} models of type {cluster['type']}, made by "
-        f"DeepFusion: the teacher of base {cluster['id']}.\n\n| device | method | private tokens |\n|---|---|---|\n{rows}\n",
+        f"# Proxy {cluster['id']}\n\n"
+        f"The element-wise mean of {len(members)} models of type {cluster['type']}, made by DeepFusion: "
+        f"the teacher of base {cluster['id']}.\n\n| device | method | private tokens |\n|---|---|---|\n{rows}\n",
         "utf-8",
     )
     (folder / "proxy.json").write_text(json.dumps(lineage, indent=1), "utf-8")

@@ -1,0 +1,367 @@
+"""The upload folder, all that leaves a device: how it is written, and how the server checks it without trusting it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from transformers import GenerationConfig, PretrainedConfig
+
+from deepfusion import __version__, models
+from deepfusion.adapters import ADAPTER, ADAPTER_CONFIG, adapter_shapes, check_adapter_config, open_adapter
+from deepfusion.checkpoints import INDEX, TensorReader, copy_tokenizer, sha256_file
+from deepfusion.config import Encoder, Method
+from deepfusion.errors import InputError
+
+CARD = "card.json"
+MAX_CARD_BYTES = 2**20
+MAX_JSON_BYTES = 64 * 2**20
+MAX_HEADER_BYTES = 16 * 2**20
+MAX_VALUE = 1e6  # no weight of a sound model comes near; larger ones would drown the other members of a cluster
+
+_NAMES = re.compile(
+    r"(card|config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
+    r"|model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors|adapter_model\.safetensors"
+    r"|vocab\.txt|merges\.txt|\w+\.model|chat_template\.jinja|README\.md"
+)
+_CODE = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle|py|pyc|so|sh|npy|npz|joblib)", re.IGNORECASE)
+_SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", ADAPTER_CONFIG)
+# Keys that make a loader fetch code, or read the weights as something else.
+_FORBIDDEN = {
+    *("auto_map", "quantization_config", "custom_pipelines", "trust_remote_code"),
+    *("_attn_implementation", "attn_implementation", "_experts_implementation", "experts_implementation"),
+}
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+# Decoder-only classes that build on the meta device without running anything that a config could blow up.
+ACCEPTED = (
+    *("arcee", "bloom", "cohere", "falcon", "gemma", "gemma2", "gemma3_text", "glm", "gpt2", "gpt_bigcode", "gpt_neo"),
+    *("gpt_neox", "gptj", "granite", "helium", "llama", "mistral", "mpt", "nemotron", "olmo", "olmo2", "olmo3", "opt"),
+    *("phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
+)
+
+
+class Card(BaseModel):
+    """What an upload says about itself; nothing in it is text of the device or names its domain.
+
+    `loss_before` and `loss_after` are nats per token on the device's own held-out text; an adopted checkpoint has none
+    and says 0 tokens. `signature` is `models.type_signature`, `files` maps every other file to its SHA-256.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    schema_version: Literal[1] = 1
+    device: str = Field(pattern=r"^\.?[A-Za-z0-9_-][A-Za-z0-9._-]{0,62}$")
+    type: str = Field(max_length=200)
+    model_class: str = Field(pattern=r"^\w{1,100}$")
+    signature: str = Field(pattern=r"^[0-9a-f]{64}$")
+    base: str = Field(max_length=1000)
+    base_digest: str = Field(pattern=r"^([0-9a-f]{64})?$")
+    method: Method
+    embedding: list[float] = Field(min_length=2, max_length=1024)
+    encoder: Encoder
+    tokens: int = Field(ge=0, le=10**15)
+    documents: int = Field(ge=0, le=10**12)
+    loss_before: float | None = Field(ge=0)
+    loss_after: float | None = Field(ge=0)
+    steps: int = Field(ge=0)
+    seed: int = Field(ge=0)
+    deepfusion_version: str = Field(max_length=50)
+    files: dict[str, str] = Field(default_factory=dict, max_length=10_000)
+
+    @field_validator("embedding")
+    @classmethod
+    def _unit(cls, embedding: list[float]) -> list[float]:
+        if not abs(math.hypot(*embedding) - 1) < 1e-3:
+            raise ValueError("not of length 1")
+        return embedding
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One reason to refuse an upload: a stable kebab-case code, a sentence, and the file."""
+
+    code: str
+    message: str
+    file: str
+
+
+def write_card(folder: Path, card: Card) -> Card:
+    """Hash all files of an upload and write its card, last and at once: a folder with a card is complete."""
+    files = {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.name != CARD}
+    card = card.model_copy(update={"files": files})
+    part = folder / f".{CARD}.part"
+    part.write_text(card.model_dump_json(indent=1), "utf-8")
+    os.replace(part, folder / CARD)
+    return card
+
+
+def read_card(folder: Path) -> Card:
+    """The card of an upload.
+
+    Raises:
+        InputError: missing, too large, not JSON, or not of the schema; names the field.
+    """
+    path = folder / CARD
+    try:
+        if path.stat().st_size > MAX_CARD_BYTES:
+            allowed = f"{MAX_CARD_BYTES} bytes"
+            raise InputError("the card is too large", where=path, allowed=allowed, code="card-too-large")
+        return Card.model_validate_json(path.read_bytes())
+    except OSError:
+        fix = "deepfusion device train writes one"
+        raise InputError("there is no card", where=path, fix=fix, code="card-missing") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part)[:60] for part in first["loc"]) or "card"
+        raise InputError(f"{field}: {first['msg'][:200]}", where=path, code="card-invalid") from None
+
+
+def adopt_checkpoint(folder: Path, out: Path, device: str, embedding: np.ndarray, encoder: Encoder) -> Card:
+    """Make an upload out of any Hugging Face checkpoint of a causal language model, which nobody prepared for this.
+
+    The weights are loaded and saved again, so that checkpoints of older layouts get today's tensor names; values and
+    dtype stay. Where it started from is unknown: equal architecture and tokenizer are taken to be averageable.
+
+    Args:
+        folder: the checkpoint, safetensors only, with its tokenizer.
+        out: the upload folder to write.
+        embedding: float [size], of length 1.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    config = models.read_config(folder)
+    models.load_tokenizer(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    model: Any = models.load_model(folder)
+    model.to(config.dtype or torch.float32).save_pretrained(out)
+    copy_tokenizer(folder, out)
+    return write_card(
+        out,
+        Card(
+            device=device,
+            type=config.model_type,
+            model_class=models.architecture(config).name,
+            signature=models.type_signature(out),
+            base="",
+            base_digest="",
+            method="full",
+            embedding=embedding.tolist(),
+            encoder=encoder,
+            tokens=0,
+            documents=0,
+            loss_before=None,
+            loss_after=None,
+            steps=0,
+            seed=0,
+            deepfusion_version=__version__,
+        ),
+    )
+
+
+def check_upload(folder: Path, max_bytes: int, bases: Collection[str] | None = None) -> list[Problem]:
+    """Everything that is wrong with an upload that anybody may have sent; empty if it is sound. Never raises.
+
+    The checks run from cheap to dear and stop where going on would be unsafe: the listing, sizes and JSON files before
+    any library reads them, all hashes and headers before the architecture, that before the values.
+
+    Args:
+        folder: the upload.
+        max_bytes: of the whole folder.
+        bases: the public checkpoints that an adapter may name, besides presets; None allows any.
+    """
+    folder = Path(folder)
+    for check in (_check_listing, _check_settings, _check_card, _check_weights, _check_loading):
+        try:
+            problems = list(check(folder, max_bytes, bases))
+        except InputError as error:
+            problems = [Problem(error.code, error.what, Path(str(error.where or folder)).name)]
+        except Exception as error:  # No upload may stop the server, whatever it makes a library do.
+            problems = [Problem("unreadable", f"{type(error).__name__}: {str(error)[:200]}", folder.name)]
+        if problems:
+            return problems
+    return []
+
+
+def _check_listing(folder: Path, max_bytes: int, bases: Collection[str] | None) -> Iterator[Problem]:
+    """Names, kinds and sizes, without opening a file."""
+    if folder.is_symlink() or not folder.is_dir():
+        yield Problem("not-a-folder", "not a folder", folder.name)
+        return
+    total = 0
+    for entry in os.scandir(folder):
+        name, info = entry.name, entry.stat(follow_symlinks=False)
+        if stat.S_ISLNK(info.st_mode):
+            yield Problem("link", "a symbolic link", name)
+        elif stat.S_ISDIR(info.st_mode):
+            yield Problem("subfolder", "an upload has no subfolders", name)
+        elif not stat.S_ISREG(info.st_mode):
+            yield Problem("special-file", "not a regular file", name)
+        elif info.st_nlink > 1:
+            yield Problem("link", "a hard link to another file", name)
+        elif _CODE.fullmatch(name):
+            yield Problem("code-file", "files that can run code are refused; weights are safetensors", name)
+        elif not _NAMES.fullmatch(name):
+            yield Problem("unknown-file", "a file that no upload has", name)
+        elif not name.endswith(".safetensors") and info.st_size > (MAX_CARD_BYTES if name == CARD else MAX_JSON_BYTES):
+            yield Problem("card-too-large" if name == CARD else "file-too-large", f"{info.st_size} bytes", name)
+        total += info.st_size
+    if total > max_bytes:
+        yield Problem("too-large", f"{total} bytes, allowed are {max_bytes}", folder.name)
+
+
+def _check_settings(folder: Path, max_bytes: int, bases: Collection[str] | None) -> Iterator[Problem]:
+    """The JSON files that libraries act on."""
+    for name in _SETTINGS:
+        path = folder / name
+        if not path.exists():
+            if name == "config.json":
+                yield Problem("no-config", "there is no config.json", name)
+            continue
+        try:
+            values = json.loads(path.read_text("utf-8"))
+        except (ValueError, RecursionError):
+            yield Problem("bad-json", "not valid JSON", name)
+            continue
+        if not isinstance(values, dict):
+            yield Problem("bad-json", "not a JSON object", name)
+            continue
+        if found := sorted(_FORBIDDEN & set(_keys(values))):
+            yield Problem("remote-code", f"{found[0]} is refused", name)
+        if name == "config.json":
+            yield from _check_config(values)
+        if name == ADAPTER_CONFIG and (wrong := check_adapter_config(values)):
+            yield Problem("bad-adapter-config", wrong, name)
+
+
+def _check_config(values: dict[str, Any]) -> Iterator[Problem]:
+    """Refuse what would make building the architecture slow, even on the meta device."""
+    if values.get("model_type") not in ACCEPTED:
+        message = f"model_type is {str(values.get('model_type'))[:60]}, allowed: {', '.join(ACCEPTED)}"
+        yield Problem("unknown-architecture", message, "config.json")
+    for key, value in values.items():
+        limit = 256 if re.fullmatch(r"n(um)?_(hidden_)?layers?", key) else 2**24
+        number = isinstance(value, int | float) and "theta" not in key and not abs(value) <= limit
+        if number or (isinstance(value, list) and len(value) > 4096):
+            yield Problem("absurd-config", f"{key[:60]} is beyond all models", "config.json")
+
+
+def _check_card(folder: Path, max_bytes: int, bases: Collection[str] | None) -> Iterator[Problem]:
+    """The card, and the files against it."""
+    card = read_card(folder)
+    present = {path.name for path in folder.iterdir()} - {CARD}
+    for name in sorted(set(card.files) - present):
+        yield Problem("file-missing", "named in the card, but not there", name[:200])
+    for name in sorted(present - set(card.files)):
+        yield Problem("file-extra", "not named in the card", name)
+    for name in sorted(present & set(card.files)):
+        if sha256_file(folder / name) != card.files[name]:
+            yield Problem("digest-mismatch", "its SHA-256 is not that of the card", name)
+    adapter = (folder / ADAPTER_CONFIG).exists()
+    if adapter != (card.method != "full"):
+        yield Problem("method-mismatch", f"the card says {card.method}", ADAPTER_CONFIG)
+    if adapter and bases is not None and card.base not in models.PRESETS and card.base not in bases:
+        yield Problem("unknown-base", f"an adapter of {card.base[:100]!r}, which this server does not use", CARD)
+
+
+def _check_weights(folder: Path, max_bytes: int, bases: Collection[str] | None) -> Iterator[Problem]:
+    """Headers of the weights against the architecture, then every value."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > min(MAX_HEADER_BYTES, max(0, path.stat().st_size - 8)):
+            yield Problem("weights-damaged", "truncated, or with a header of absurd length", path.name)
+            return
+    known = models.architecture(models.read_config(folder))
+    adapter = (folder / ADAPTER_CONFIG).exists()
+    reader = open_adapter(folder) if adapter else TensorReader(folder)
+    expected = adapter_shapes(folder, known) if adapter else known.tensors
+    used = {ADAPTER} if adapter else _weight_files(folder)
+    for extra in sorted({path.name for path in folder.glob("*.safetensors*")} - used):
+        yield Problem("weights-extra", "weights beside the weights", extra)
+    names = set(reader.names())
+    for name in sorted(set(expected) - names)[:5]:
+        yield Problem("tensor-missing", f"there is no {name}", folder.name)
+    for name in sorted(names - set(expected) - set(known.tied))[:5]:
+        yield Problem("tensor-extra", f"{known.name} has no {name[:200]}", folder.name)
+    compared = sorted(names & {*expected, *known.tied})
+    problems = [problem for name in compared if (problem := _check_tensor(reader, name, expected, known))]
+    yield from problems[:5]
+
+
+def _check_tensor(
+    reader: TensorReader, name: str, expected: dict[str, tuple[int, ...]], known: models.Architecture
+) -> Problem | None:
+    file = reader.folder.name
+    shape = expected[known.tied.get(name, name)]
+    if reader.shape(name) != shape:
+        return Problem("shape-mismatch", f"{name} is {list(reader.shape(name))}, its config says {list(shape)}", file)
+    if name in known.buffers:
+        return None
+    if reader.dtype(name) not in _FLOATS:
+        return Problem("dtype", f"{name} is {reader.dtype(name)}, allowed are float32, bfloat16 and float16", file)
+    tensor = reader.get(name)
+    if tensor.numel() and not float(tensor.abs().max()) <= MAX_VALUE:  # NaN fails the comparison too
+        return Problem("non-finite", f"{name} holds NaN, infinite or absurdly large values", file)
+    if name in known.tied and not torch.equal(tensor, reader.get(known.tied[name])):
+        return Problem("tied-weights-differ", f"{name} differs from {known.tied[name]}, with which it is tied", file)
+    return None
+
+
+def _check_loading(folder: Path, max_bytes: int, bases: Collection[str] | None) -> Iterator[Problem]:
+    """What later stages load: the tokenizer and the generation config; and whether the card tells the truth."""
+    card, config = read_card(folder), models.read_config(folder)
+    tokenizer = models.load_tokenizer(folder)
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= config.vocab_size:
+        message = f"token {largest} lies beyond the {config.vocab_size} embeddings"
+        yield Problem("tokenizer-too-large", message, "tokenizer.json")
+    if (folder / "generation_config.json").exists():
+        GenerationConfig.from_pretrained(folder)
+    if card.model_class != models.architecture(config).name:
+        yield Problem("class-mismatch", f"the card says {card.model_class}, the config is of another class", CARD)
+    if card.method != "full":
+        yield from _check_base(card, config)
+    if card.signature != models.type_signature(folder, card.base_digest):
+        yield Problem("signature-mismatch", "the model is not of the type that the card says", CARD)
+
+
+def _check_base(card: Card, config: PretrainedConfig) -> Iterator[Problem]:
+    """The public checkpoint that an adapter needs, as this machine has it."""
+    if models.base_digest(card.base) != card.base_digest:
+        yield Problem("base-differs", f"not trained on the {card.base[:100]} that is here", CARD)
+    if models.architecture(models.model_config(card.base)).tensors != models.architecture(config).tensors:
+        yield Problem("base-differs", f"its shapes are not those of {card.base[:100]}", "config.json")
+
+
+def _weight_files(folder: Path) -> set[str]:
+    if not (folder / INDEX).exists():
+        return {"model.safetensors"}
+    return {INDEX, *json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()}
+
+
+def _keys(value: Any) -> Iterator[str]:
+    """Keys at any depth."""
+    if isinstance(value, dict):
+        yield from value
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _keys(item)
+
+
+def weights_digest(card: Card) -> str:
+    """Digest of the weight files that a checked card names; equals `checkpoints.folder_digest` of the folder."""
+    lines = [f"{name}\0{digest}\n" for name, digest in sorted(card.files.items()) if name.endswith(".safetensors")]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

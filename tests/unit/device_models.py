@@ -1,0 +1,106 @@
+"""Minuscule device models, tokenizers and uploads on disk, for the tests of models, uploads and the stages of phase I."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import models as tokenizer_models
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from deepfusion import models
+from deepfusion.upload import Card, write_card
+
+TEXT = ["the cat sat on the mat", "a dog ran over the hill and far away", "one two three four five six seven"]
+DIMENSIONS = {
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "llama": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "olmo": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2},
+}
+
+
+def save_tokenizer(folder: Path, vocab: int = 280) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(tokenizer_models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        TEXT, trainers.BpeTrainer(vocab_size=vocab, special_tokens=["<end>"], initial_alphabet=alphabet)
+    )
+    special = dict.fromkeys(("eos_token", "bos_token", "pad_token"), "<end>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_model(kind: str = "gpt2", seed: int = 0, **changes: object) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    config = AutoConfig.for_model(kind, vocab_size=288, **DIMENSIONS[kind], **special, **changes)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def save_checkpoint(folder: Path, kind: str = "gpt2", seed: int = 0, **changes: object) -> PreTrainedModel:
+    model = make_model(kind, seed, **changes)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return model
+
+
+def unit(seed: int, size: int = 8) -> list[float]:
+    vector = np.random.default_rng(seed).normal(size=size)
+    return (vector / np.linalg.norm(vector)).tolist()
+
+
+def card(folder: Path, device: str, **facts: object) -> Card:
+    digest = str(facts.get("base_digest", "0" * 64))
+    values = {
+        "device": device,
+        "type": "tiny",
+        "model_class": models.architecture(models.read_config(folder)).name,
+        "signature": models.type_signature(folder, digest),
+        "base": "tiny-gpt2",
+        "base_digest": digest,
+        "method": "full",
+        "embedding": unit(0),
+        "encoder": "hashing",
+        "tokens": 100,
+        "documents": 10,
+        "loss_before": 5.0,
+        "loss_after": 4.0,
+        "steps": 3,
+        "seed": 0,
+        "deepfusion_version": "0",
+    }
+    return Card.model_validate(values | facts)
+
+
+def save_upload(folder: Path, kind: str = "gpt2", seed: int = 0, **facts: object) -> Card:
+    """A sound upload of full weights; `facts` go into its card."""
+    save_checkpoint(folder, kind, seed)
+    return write_card(folder, card(folder, folder.name, **facts))
+
+
+def save_adapter_upload(
+    folder: Path, base: Path, seed: int = 0, rslora: bool = False, **facts: object
+) -> PreTrainedModel:
+    """A sound upload of a LoRA adapter of the checkpoint `base`; returns the model it stands for."""
+    model = models.load_model(base)
+    targets = models.LORA_TARGETS
+    lora = LoraConfig(r=3, lora_alpha=5, target_modules=targets, task_type="CAUSAL_LM", use_rslora=rslora)
+    adapted = get_peft_model(model, lora)
+    torch.manual_seed(seed)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    model.config.save_pretrained(folder)
+    save_tokenizer(folder)
+    digest = models.base_digest(str(base))
+    write_card(folder, card(folder, folder.name, method="lora", base=str(base), base_digest=digest, **facts))
+    return adapted.merge_and_unload()
