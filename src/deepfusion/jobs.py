@@ -5,10 +5,9 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +65,13 @@ def _shared_pool(workers: int) -> ProcessPoolExecutor:
 
 def _start_worker() -> None:
     torch.set_num_threads(1)
-    parent = os.getppid()
+    parent = parent_process()
+    assert parent is not None
 
     def watch() -> None:
-        # A worker that outlived a killed run would write into the folder that the next run continues.
-        while os.getppid() == parent:
-            time.sleep(0.1)
+        # A worker that outlived a killed run would write into the folder that the next run continues. The run may
+        # have died while this process still started, so its id says nothing.
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
