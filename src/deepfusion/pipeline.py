@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 import torch
 
-from deepfusion import __version__, jobs, models, progress
+from deepfusion import __version__, families, jobs, models, progress
 from deepfusion.checkpoints import sha256_file
 from deepfusion.config import Config, config_digest, save_config
 from deepfusion.errors import InputError
@@ -55,8 +55,11 @@ _SPLIT_KEYS = ("seed", "devices", "data.private", "data.public", "data.public_fr
 _TEXT_KEYS = ("data.max_chars", "data.prompt_loss_weight", "precision")
 
 STAGES = (
-    Stage("device", device.run, {}, ("uploads",), (*_SPLIT_KEYS, *_TEXT_KEYS, "device")),
-    Stage("registry", registry.run, {"uploads": "uploads"}, ("registry.json", "rejected.json"), ("federation",)),
+    Stage("device", device.run, {}, ("uploads", "transport.json"), (*_SPLIT_KEYS, *_TEXT_KEYS, "device")),
+    Stage(
+        "registry", registry.run, {"uploads": "uploads"}, ("registry.json", "rejected.json"),
+        ("devices", "device.types", "federation"),
+    ),
     Stage("cluster", cluster.run, {"registry": "registry.json"}, ("clusters.json",), ("seed", "experts", "clustering")),
     Stage(
         "proxy", proxy.run,
@@ -106,7 +109,10 @@ def run(
     started = time.time()
     stages = list(STAGES)
     if uploads is not None:
-        stages[0] = Stage("device", receive.run, {"given": os.path.abspath(uploads)}, ("uploads",), ("device.encoder", "device.embedding_size"))
+        stages[0] = Stage(
+            "device", receive.run, {"given": os.path.abspath(uploads)}, STAGES[0].outputs,
+            ("seed", "precision", "device.encoder", "device.embedding_size"),
+        )  # fmt: skip
     for name in filter(None, (first, last)):
         if name not in NAMES:
             raise InputError(f"there is no stage {name}", allowed=", ".join(NAMES), code="unknown-stage")
@@ -248,6 +254,8 @@ def _refuse_another_federation(manifest: dict[str, Any], stage: Stage, config: C
     entry = manifest["stages"].get(stage.name)
     if entry is None or first == stage.name or entry["key"] == _stage_key(stage, config, out):
         return
+    if not any((work / "uploads").glob("*/card.json") for work in (out, out / ".work" / stage.name / "out")):
+        return  # nothing was trained yet that could be lost
     raise InputError(
         "the run folder belongs to another config: its devices trained on other data, seeds or settings",
         where=out,
@@ -259,6 +267,7 @@ def _refuse_another_federation(manifest: dict[str, Any], stage: Stage, config: C
 def _check_resources(config: Config, out: Path) -> None:
     """Refuse a run that cannot end well for lack of disk or memory, before any work is lost."""
     base = models.read_config(models.base_checkpoint(config.distill.base, config.family))
+    families.check_base(config.family, base)
     weights = 4 * models.parameter_total(base)
     # K bases, a trunk, the merged MoE, its control and the tuned two, and the checkpoints of a training (weights, two moments).
     disk = (config.experts + 1) * weights + 4 * config.experts * weights + 6 * config.experts * weights

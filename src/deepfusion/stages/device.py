@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from deepfusion import __version__, models, progress
+from deepfusion.artefacts import write_transport
 from deepfusion.config import Config, DeviceSpec
 from deepfusion.corpus import Document
 from deepfusion.data import make_splits, reading_order, windows
@@ -27,21 +28,42 @@ from deepfusion.upload import Card, write_card
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
-    """Train every device of a simulated federation; writes `out`/uploads/<device>/."""
+    """Train every device of a simulated federation; writes `out`/uploads/<device>/ and `out`/transport.json.
+
+    Raises:
+        InputError: there is no private data, or the devices do not fit `experts`.
+    """
     splits = make_splits(config)
     if not splits.devices:
         raise InputError("there is no private data", where="data.private", fix="--set data.private=FILE.jsonl", code="no-private-data")
+    _check_counts(config.experts, splits.devices)
     jobs = [
         {"config": config, "device": device, "private": splits.private[device.id], "held_out": splits.held_out[device.id],
          "upload": out / "uploads" / str(device.id), "work": out / "work" / str(device.id)}
         for device in splits.devices if device.id is not None
     ]  # fmt: skip
     cards = run_jobs(train_device, jobs, config.jobs)
+    write_transport(out / "uploads", out / "transport.json")
     return {
         "devices": len(cards),
         "loss_before": sum(card["loss_before"] for card in cards) / len(cards),
         "loss_after": sum(card["loss_after"] for card in cards) / len(cards),
     }
+
+
+def _check_counts(experts: int, devices: list[DeviceSpec]) -> None:
+    """Each expert needs a device and each type an expert: better said now than after all devices have trained."""
+    types = {device.type for device in devices}
+    if len(devices) < experts:
+        raise InputError(
+            f"{len(devices)} devices are fewer than experts={experts}", where="experts", allowed=f"1 to {len(devices)}",
+            fix=f"--set experts={len(devices)}", code="fewer-devices-than-experts",
+        )  # fmt: skip
+    if len(types) > experts:
+        raise InputError(
+            f"{len(types)} model types need at least one expert each, there are {experts}", where="experts",
+            allowed=f"{len(types)} to {len(devices)}", fix=f"--set experts={len(types)}", code="more-types-than-experts",
+        )  # fmt: skip
 
 
 def train_alone(

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from deepfusion import families, models, progress
+from deepfusion.artefacts import write_model_card
 from deepfusion.config import Config
 from deepfusion.corpus import Document, build_corpus, read_corpus, write_corpus
 from deepfusion.data import make_splits, reading_order
@@ -107,6 +108,9 @@ def distill(
     shutil.rmtree(part, ignore_errors=True)
     student.eval().save_pretrained(part)
     tokenizer.save_pretrained(part)
+    taught = f"distilled by DeepFusion from {'all proxies' if unit == 'trunk' else f'proxy {min(proxies)}'}"
+    facts = {"architecture": type(student).__name__, "steps": steps, "documents": len(documents), "seed": config.seed}
+    write_model_card(part, unit.capitalize(), f"A dense model {taught}: it becomes an expert of the MoE.", facts)
     if config.merge.router == "prototype" and unit != "trunk":
         rows = _prototype(student, tokenizer, [d for d in documents if d.teacher in proxies], config)
         save_file({"prototype": rows}, part / "prototype.safetensors")

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
+from deepfusion.artefacts import write_model_card
 from deepfusion.checkpoints import (
     TensorReader,
     TensorWriter,
@@ -65,12 +66,23 @@ def _write_moe(config: Config, folders: list[Path], prototypes: bool, merged: Pa
     _save_generation_config(folders[0], target, merged)
     copy_tokenizer(folders[0], merged)
     count = parameter_count(target)
+    text = "A Mixture-of-Experts model that DeepFusion merged from dense bases: an expert is the FFN of a base, the rest is their mean."
+    write_model_card(merged, f"Merged {config.family}", text, _facts(layout, count))
     return {
         "experts": layout.routed,
         "top_k": layout.split * layout.top_k,
         "total_parameters": count["total"],
         "active_parameters": count["active"],
         "digest": folder_digest(merged),
+    }
+
+
+def _facts(layout: MoELayout, count: dict[str, int]) -> dict[str, object]:
+    return {
+        "family": layout.family,
+        "experts": f"{layout.routed}, {layout.split * layout.top_k} used per token",
+        "parameters": f"{count['total']:,}, {count['active']:,} used per token",
+        "shared expert": layout.shared,
     }
 
 

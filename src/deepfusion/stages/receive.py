@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deepfusion import models, progress
+from deepfusion.artefacts import write_transport
 from deepfusion.config import Config
 from deepfusion.corpus import sample_texts
 from deepfusion.embedding import embed
@@ -21,7 +22,7 @@ SAMPLES = 64  # texts a plain checkpoint samples so that its knowledge can be em
 def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     """Copy the uploads in `given` to `out`/uploads; plain checkpoints get a card and an embedding of what they sample.
 
-    Uploads are only copied here; the registry decides which of them are sound.
+    Uploads are only copied here; the registry decides which of them are sound. `out`/transport.json counts their bytes.
     """
     folders = upload_folders(inputs["given"])
     target = out / "uploads"
@@ -30,9 +31,10 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     for folder in folders:
         if (folder / "card.json").exists():
             shutil.copytree(folder, target / folder.name, symlinks=True, dirs_exist_ok=True)
-        elif not (target / folder.name / "card.json").is_file():
-            plain.append({"folder": folder, "out": target / folder.name, "config": config})
+        else:
+            plain.append({"folder": folder, "out": target / _device_name(folder), "config": config})
     run_jobs(_adopt, plain, config.jobs)
+    write_transport(target, out / "transport.json")
     return {"uploads": len(folders), "plain_checkpoints": len(plain)}
 
 
@@ -55,11 +57,16 @@ def upload_folders(given: Path) -> list[Path]:
     return folders
 
 
+def _device_name(folder: Path) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "-", folder.name).lstrip(".")[:63]
+
+
 def _adopt(folder: Path, out: Path, config: Config) -> None:
-    device = re.sub(r"[^A-Za-z0-9._-]", "-", folder.name)[:64]
-    progress.say(f"[device {device}] a plain checkpoint: embedding what it samples")
+    if (out / "card.json").is_file():
+        return
+    progress.say(f"[device {out.name}] a plain checkpoint: embedding what it samples")
     texts = sample_texts(folder, SAMPLES, 512, config.seed, models.resolve_precision(config.precision))
     if not texts:
         raise InputError("the checkpoint samples no text", where=folder, code="silent-checkpoint")
     embedding = embed(texts, config.device.encoder, config.device.embedding_size)
-    adopt_checkpoint(folder, out, device, embedding, config.device.encoder)
+    adopt_checkpoint(folder, out, out.name, embedding, config.device.encoder)

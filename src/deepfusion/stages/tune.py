@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from deepfusion import families, models
+from deepfusion.artefacts import write_model_card
 from deepfusion.config import Config
 from deepfusion.corpus import read_corpus
 from deepfusion.data import reading_order
@@ -86,6 +87,15 @@ def tune(
     shutil.rmtree(part, ignore_errors=True)
     student.eval().to(models.read_config(start).dtype).save_pretrained(part)
     tokenizer.save_pretrained(part)
+    origin = "experts made from the models of several devices" if samples else "the public base as every expert: a control"
+    count = families.parameter_count(student.config)
+    write_model_card(
+        part,
+        f"DeepFusion {student.config.model_type}",
+        f"A Mixture-of-Experts model with {origin}. It loads with `AutoModelForCausalLM.from_pretrained`.",
+        {"parameters": f"{count['total']:,}, {count['active']:,} used per token", "recipe": config.recipe, "steps": steps,
+         "documents": len(documents), "teachers": len(teachers), "seed": config.seed},
+    )  # fmt: skip
     shutil.rmtree(out, ignore_errors=True)
     os.replace(part, out)
     shutil.rmtree(work, ignore_errors=True)
