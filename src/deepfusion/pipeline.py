@@ -51,7 +51,10 @@ class Stage:
     keys: tuple[str, ...]
 
 
-_SPLIT_KEYS = ("seed", "devices", "data.private", "data.public", "data.public_fraction", "data.test", "data.limit", "data.partition")
+_SPLIT_KEYS = (
+    "seed", "devices",
+    *(f"data.{key}" for key in ("private", "public", "public_fraction", "test", "limit", "partition")),
+)  # fmt: skip
 _TEXT_KEYS = ("data.max_chars", "data.prompt_loss_weight", "precision")
 
 STAGES = (
@@ -124,7 +127,8 @@ def run(
         _check_resources(config, out)
         save_config(config, out / "config.yaml")
         progress.attach(out)
-        progress.say(f"deepfusion {__version__}: recipe {config.recipe}, {config.experts} experts of {config.family}, run folder {out}")
+        about = f"recipe {config.recipe}, {config.experts} experts of {config.family}"
+        progress.say(f"deepfusion {__version__}: {about}, run folder {out}")
         redo = False
         for stage in stages:
             redo = redo or stage.name == first
@@ -152,7 +156,8 @@ def read_manifest(out: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text("utf-8"))
     except OSError:
-        raise InputError("not a run folder (no manifest.json)", where=out, fix="deepfusion run --out RUN makes one", code="no-run") from None
+        fix = "deepfusion run --out RUN makes one"
+        raise InputError("not a run folder (no manifest.json)", where=out, fix=fix, code="no-run") from None
     except ValueError as error:
         raise InputError(f"not valid JSON ({error})", where=path, code="no-run") from None
 
@@ -174,7 +179,8 @@ def _run_stage(stage: Stage, config: Config, out: Path, key: str, manifest: dict
         _write(marker, key)
     else:
         progress.say(f"[{stage.name}] continues")
-    entry = manifest["stages"][stage.name] = {"status": "running", "key": key, "seconds": None, "peak_rss_bytes": None}
+    entry: dict[str, Any] = {"status": "running", "key": key, "seconds": None, "peak_rss_bytes": None}
+    manifest["stages"][stage.name] = entry
     _write_manifest(out, manifest)
     inputs = {name: out / path for name, path in stage.inputs.items()}
     inputs |= {"run": out, "base": models.base_checkpoint(config.distill.base, config.family)}
@@ -186,7 +192,7 @@ def _run_stage(stage: Stage, config: Config, out: Path, key: str, manifest: dict
                 (work / "out").mkdir(exist_ok=True)
                 summary = stage.run(config, inputs, work / "out")
         except InputError:
-            manifest["stages"][stage.name]["status"] = "failed"
+            entry["status"] = "failed"
             _write_manifest(out, manifest)
             raise
         _sync(work / "out")
@@ -273,7 +279,8 @@ def _check_resources(config: Config, out: Path) -> None:
     disk = (config.experts + 1) * weights + 4 * config.experts * weights + 6 * config.experts * weights
     free = shutil.disk_usage(out).free
     if disk > free:
-        raise InputError(f"the run needs about {disk / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free", where=out, code="too-little-disk")
+        what = f"the run needs about {disk / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free"
+        raise InputError(what, where=out, code="too-little-disk")
     if torch.cuda.is_available():
         return
     tokens = config.data.max_chars // 3
@@ -306,7 +313,7 @@ def _git_revision() -> str | None:
 def _locked(out: Path) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")
+        lock = open(out / ".lock", "w")  # noqa: SIM115 - closed below; only opening it can fail for lack of rights
     except OSError as error:
         raise InputError(f"cannot write there ({error.strerror})", where=out, code="bad-out") from None
     with lock:

@@ -44,8 +44,7 @@ def inputs(tmp_path) -> dict[str, Path]:
         tokenizer.save_pretrained(folder)
         save_file({"prototype": torch.randn(2, 32)}, folder / "prototype.safetensors")
     shutil.copytree(tmp_path / "bases" / "0", tmp_path / "bases" / "trunk")
-    (tmp_path / "clusters.json").write_text("{}")
-    return {"bases": tmp_path / "bases", "clusters": tmp_path / "clusters.json"}
+    return {"bases": tmp_path / "bases", "base": tmp_path / "bases" / "0"}
 
 
 def test_merged_folder_is_a_plain_checkpoint(inputs, tmp_path):

@@ -35,7 +35,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     """
     splits = make_splits(config)
     if not splits.devices:
-        raise InputError("there is no private data", where="data.private", fix="--set data.private=FILE.jsonl", code="no-private-data")
+        fix = "--set data.private=FILE.jsonl"
+        raise InputError("there is no private data", where="data.private", fix=fix, code="no-private-data")
     _check_counts(config.experts, splits.devices)
     jobs = [
         {"config": config, "device": device, "private": splits.private[device.id], "held_out": splits.held_out[device.id],

@@ -66,7 +66,7 @@ def _write_moe(config: Config, folders: list[Path], prototypes: bool, merged: Pa
     _save_generation_config(folders[0], target, merged)
     copy_tokenizer(folders[0], merged)
     count = parameter_count(target)
-    text = "A Mixture-of-Experts model that DeepFusion merged from dense bases: an expert is the FFN of a base, the rest is their mean."
+    text = "A Mixture-of-Experts model merged by DeepFusion: an expert is the FFN of a dense base, the rest their mean."
     write_model_card(merged, f"Merged {config.family}", text, _facts(layout, count))
     return {
         "experts": layout.routed,
