@@ -1,0 +1,165 @@
+"""The documentation says what the program does: commands parse, configs load, codes and modules are listed, links resolve."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from deepfusion.cli import app
+from deepfusion.config import CONFIGS, load_config
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src" / "deepfusion"
+DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+SMALLEST = ["device.steps=1", "distill.steps=8", "tune.steps=1", "data.sampled_documents=2", "jobs=1"]
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def _blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def _commands() -> list[str]:
+    scripts = [block for doc in DOCS for block in _blocks(doc, "sh")]
+    scripts += [script.read_text("utf-8") for script in sorted((ROOT / "examples").glob("*.sh"))]
+    lines = [line.strip() for script in scripts for line in script.replace("\\\n", " ").splitlines()]
+    return list(dict.fromkeys(line for line in lines if line.startswith("deepfusion ")))
+
+
+def _parse(line: str) -> dict[str, Any]:
+    """The parameters of a command line; raises what the command line itself would complain about."""
+    arguments = [word for word in shlex.split(line, comments=True)[1:] if not word.startswith("${@")]
+    command: Any = typer.main.get_command(app)
+    name, context = "deepfusion", command.make_context("deepfusion", list(arguments))
+    while hasattr(command, "resolve_command"):
+        name, command, arguments = command.resolve_command(context, arguments)
+        context = command.make_context(name, list(arguments), parent=context)
+    return {"name": name, **context.params}
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(_commands()) > 10
+
+
+@pytest.mark.parametrize("line", _commands())
+def test_commands_parse(line: str) -> None:
+    parameters = _parse(line)
+    config = parameters.get("config")
+    if config is not None:
+        assert (ROOT / config).is_file(), f"{config} is no config of this repository"
+    elif parameters["name"] == "fuse":
+        config = CONFIGS / "fuse.yaml"
+    load_config(None if config is None else ROOT / config, parameters.get("set") or [])
+
+
+def test_the_parser_of_this_test_sees_wrong_options() -> None:
+    with pytest.raises(Exception, match="No such option"):
+        _parse("deepfusion run --nonsense 3")
+    with pytest.raises(Exception, match="No such command"):
+        _parse("deepfusion device fly")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_configs_load(path: Path) -> None:
+    load_config(path)
+
+
+@pytest.mark.parametrize("block", [block for doc in DOCS for block in _blocks(doc, "yaml")])
+def test_configs_in_the_docs_load(block: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(block)
+    load_config(tmp_path / "config.yaml")
+
+
+def _texts(node: ast.expr) -> Iterator[str]:
+    """The strings that an expression can be, as regular expressions; nothing for variables."""
+    match node:
+        case ast.Constant(value=str()):
+            yield re.escape(node.value)
+        case ast.IfExp():
+            yield from _texts(node.body)
+            yield from _texts(node.orelse)
+        case ast.JoinedStr():
+            yield "".join(re.escape(str(v.value)) if isinstance(v, ast.Constant) else "[a-z]+" for v in node.values)
+
+
+def _codes_of_the_source() -> set[str]:
+    codes = {"bad-input"}  # the default
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call):
+                is_problem = isinstance(node.func, ast.Name) and node.func.id == "Problem"
+                given = [keyword.value for keyword in node.keywords if keyword.arg == "code"] + node.args[:1] * is_problem
+                codes |= {text for expression in given for text in _texts(expression)}
+    return codes
+
+
+def test_every_error_code_is_documented_and_exists() -> None:
+    documented = re.findall(r"^\| `([a-z0-9-]+)` \|", (ROOT / "docs" / "errors.md").read_text("utf-8"), re.MULTILINE)
+    codes = _codes_of_the_source()
+    assert len(documented) == len(set(documented)), "a code stands twice"
+    assert [code for code in sorted(codes) if not any(re.fullmatch(code, known) for known in documented)] == []
+    assert [known for known in documented if not any(re.fullmatch(code, known) for code in codes)] == []
+
+
+def test_every_module_stands_in_the_tree_of_contributing() -> None:
+    tree = "".join(_blocks(ROOT / "CONTRIBUTING.md", "text"))
+    modules = {path.name for path in SOURCE.rglob("*.py") if path.name != "__init__.py"} - {"make.py"}
+    assert {module for module in modules if not re.search(rf"^\s+{re.escape(module)} ", tree, re.MULTILINE)} == set()
+    assert {name for name in re.findall(r"^\s+(\w+\.py) ", tree, re.MULTILINE) if name not in modules} == set()
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=_name)
+def test_links_resolve(doc: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", doc.read_text("utf-8")):
+        if not target.startswith(("http://", "https://")):
+            path, _, anchor = target.partition("#")
+            linked = doc.parent / path if path else doc
+            assert linked.exists(), f"{_name(doc)} links to {target}"
+            assert not anchor or anchor in _anchors(linked), f"{_name(doc)} links to {target}"
+
+
+def _anchors(doc: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", doc.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_make_targets_exist() -> None:
+    named = {target for doc in DOCS for block in _blocks(doc, "sh") for target in re.findall(r"^make (\w+)", block, re.MULTILINE)}
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_readme_shows_the_example() -> None:
+    shown = _blocks(ROOT / "README.md", "python")
+    _, _, code = (ROOT / "examples" / "python_api.py").read_text("utf-8").partition('"""\n\n')
+    assert shown == [code]
+
+
+@pytest.mark.slow
+def test_examples_run(tmp_path: Path) -> None:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    overrides = [part for one in SMALLEST for part in ("--set", one)]
+    command = ["bash", str(ROOT / "examples" / "fuse_checkpoints.sh"), "run", *overrides]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "The city of" in done.stdout
+
+    few = [*SMALLEST, "data.limit=60", "evaluate.max_documents=1"]
+    call = f"import python_api; from pathlib import Path; python_api.main(Path('api'), {few!r})"
+    environment["PYTHONPATH"] = str(ROOT / "examples")
+    done = subprocess.run([sys.executable, "-c", call], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Question: Which vitamin" in done.stdout
