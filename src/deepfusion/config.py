@@ -16,6 +16,8 @@ from deepfusion.errors import InputError
 
 CONFIGS = Path(__file__).parent / "configs"
 
+DEVICE_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+
 Family = Literal["qwen2_moe", "qwen3_moe", "deepseek", "deepseek_v2", "deepseek_v3"]
 Method = Literal["full", "lora", "qlora"]
 Encoder = Literal["hashing", "minilm"]
@@ -30,7 +32,7 @@ class Section(BaseModel):
 class DeviceSpec(Section):
     """One device of a simulated federation."""
 
-    id: str | None = Field(None, description="name of the device; default d00, d01, ...", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    id: str | None = Field(None, description="name of the device; default d00, d01, ...", pattern=DEVICE_ID)
     type: str = Field(description="preset of the on-device model, hub name or local folder")
     data: str | list[str] | None = Field(
         None, description="its private text; devices naming the same source share it out; default: a part of data.private"
@@ -281,7 +283,8 @@ def known_keys() -> list[str]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise InputError("there is no such config file", where=path, fix="deepfusion config show prints a complete one", code="no-config")
+        fix = "deepfusion config show prints a complete one"
+        raise InputError("there is no such config file", where=path, fix=fix, code="no-config")
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -330,7 +333,9 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _explain_error(error: ValidationError, where: object) -> InputError:
-    first = error.errors()[0]
+    errors = error.errors()
+    # A value of several allowed types fails once for each; the error that lies deepest is the one that was meant.
+    first = max((e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]), key=lambda e: len(e["loc"]))
     key = ".".join(str(part) for part in first["loc"] if part not in ("list[DeviceSpec]", "list[str]", "str", "int"))
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.4)

@@ -124,7 +124,7 @@ def run(
     with _locked(out):
         manifest = _open_manifest(out, config)
         _refuse_another_federation(manifest, stages[0], config, out, first)
-        _check_resources(config, out)
+        _check_feasible(config, out)
         save_config(config, out / "config.yaml")
         progress.attach(out)
         about = f"recipe {config.recipe}, {config.experts} experts of {config.family}"
@@ -260,7 +260,7 @@ def _refuse_another_federation(manifest: dict[str, Any], stage: Stage, config: C
     entry = manifest["stages"].get(stage.name)
     if entry is None or first == stage.name or entry["key"] == _stage_key(stage, config, out):
         return
-    if not any((work / "uploads").glob("*/card.json") for work in (out, out / ".work" / stage.name / "out")):
+    if not any(card for work in (out, out / ".work" / stage.name / "out") for card in work.glob("uploads/*/card.json")):
         return  # nothing was trained yet that could be lost
     raise InputError(
         "the run folder belongs to another config: its devices trained on other data, seeds or settings",
@@ -270,10 +270,10 @@ def _refuse_another_federation(manifest: dict[str, Any], stage: Stage, config: C
     )
 
 
-def _check_resources(config: Config, out: Path) -> None:
-    """Refuse a run that cannot end well for lack of disk or memory, before any work is lost."""
+def _check_feasible(config: Config, out: Path) -> None:
+    """Refuse a run that cannot end well, for its base or for lack of disk or memory, before any work is lost."""
     base = models.read_config(models.base_checkpoint(config.distill.base, config.family))
-    families.check_base(config.family, base)
+    families.moe_config(base, merge.layout(config))
     weights = 4 * models.parameter_total(base)
     # K bases, a trunk, the merged MoE, its control and the tuned two, and the checkpoints of a training (weights, two moments).
     disk = (config.experts + 1) * weights + 4 * config.experts * weights + 6 * config.experts * weights

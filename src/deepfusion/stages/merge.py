@@ -45,10 +45,13 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, object]
     return summary
 
 
-def _write_moe(config: Config, folders: list[Path], prototypes: bool, merged: Path) -> dict[str, object]:
-    base_config = _common_config(folders)
-    _check_same_tokenizer(folders)
-    layout = MoELayout(
+def layout(config: Config) -> MoELayout:
+    """How the MoE of a run is built.
+
+    Raises:
+        InputError: the numbers do not fit each other or the family.
+    """
+    return MoELayout(
         family=config.family,
         experts=config.experts,
         top_k=config.top_k,
@@ -56,33 +59,39 @@ def _write_moe(config: Config, folders: list[Path], prototypes: bool, merged: Pa
         shared=config.merge.shared_expert,
         dense_layers=tuple(config.merge.dense_layers),
     )
-    target = moe_config(base_config, layout)
+
+
+def _write_moe(config: Config, folders: list[Path], prototypes: bool, merged: Path) -> dict[str, object]:
+    base_config = _common_config(folders)
+    _check_same_tokenizer(folders)
+    shape = layout(config)
+    target = moe_config(base_config, shape)
     router = _prototype_router(folders, base_config) if prototypes else None
     readers = [TensorReader(folder) for folder in folders]
     with TensorWriter(merged) as writer:
-        for name, tensor in merge_tensors(layout, readers, base_config, router, seed=config.seed):
+        for name, tensor in merge_tensors(shape, readers, base_config, router, seed=config.seed):
             writer.add(name, tensor)
     target.save_pretrained(merged)
     _save_generation_config(folders[0], target, merged)
     copy_tokenizer(folders[0], merged)
     count = parameter_count(target)
     text = "A Mixture-of-Experts model merged by DeepFusion: an expert is the FFN of a dense base, the rest their mean."
-    write_model_card(merged, f"Merged {config.family}", text, _facts(layout, count))
+    write_model_card(merged, f"Merged {config.family}", text, _facts(shape, count))
     return {
-        "experts": layout.routed,
-        "top_k": layout.split * layout.top_k,
+        "experts": shape.routed,
+        "top_k": shape.split * shape.top_k,
         "total_parameters": count["total"],
         "active_parameters": count["active"],
         "digest": folder_digest(merged),
     }
 
 
-def _facts(layout: MoELayout, count: dict[str, int]) -> dict[str, object]:
+def _facts(shape: MoELayout, count: dict[str, int]) -> dict[str, object]:
     return {
-        "family": layout.family,
-        "experts": f"{layout.routed}, {layout.split * layout.top_k} used per token",
+        "family": shape.family,
+        "experts": f"{shape.routed}, {shape.split * shape.top_k} used per token",
         "parameters": f"{count['total']:,}, {count['active']:,} used per token",
-        "shared expert": layout.shared,
+        "shared expert": shape.shared,
     }
 
 
