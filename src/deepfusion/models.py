@@ -63,9 +63,7 @@ PRESETS: dict[str, Preset] = {
         {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 16}
         | {"vocab_size": 50304, "max_position_embeddings": 2048, "tie_word_embeddings": True},
     ),
-    "bloom-1b1": Preset(
-        "bigscience/bloom-1b1", "bloom", {"hidden_size": 1536, "n_layer": 24, "n_head": 16, "vocab_size": 250880}
-    ),
+    "bloom-1b1": Preset("bigscience/bloom-1b1", "bloom", {"hidden_size": 1536, "n_layer": 24, "n_head": 16, "vocab_size": 250880}),
     **{
         name: Preset()
         for name in (
@@ -461,6 +459,7 @@ def _saved_tensors(model: PreTrainedModel, batch_size: int, tokens: int) -> list
 
     if not any(module._get_name().startswith("Bloom") for module in model.modules()):
         model.set_attn_implementation("deepfusion_meta")
+    model.config.pad_token_id = None  # with one, some classes look for padding in the values, and here there are none
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.base_model(input_ids=torch.zeros(batch_size, tokens, dtype=torch.long, device="meta"), use_cache=False)

@@ -28,9 +28,7 @@ def save_tokenizer(folder: Path, vocab: int = 280) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(
-        TEXT, trainers.BpeTrainer(vocab_size=vocab, special_tokens=["<end>"], initial_alphabet=alphabet)
-    )
+    backend.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=vocab, special_tokens=["<end>"], initial_alphabet=alphabet))
     special = dict.fromkeys(("eos_token", "bos_token", "pad_token"), "<end>")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     tokenizer.save_pretrained(folder)
@@ -85,9 +83,7 @@ def save_upload(folder: Path, kind: str = "gpt2", seed: int = 0, **facts: object
     return write_card(folder, card(folder, folder.name, **facts))
 
 
-def save_adapter_upload(
-    folder: Path, base: Path, seed: int = 0, rslora: bool = False, **facts: object
-) -> PreTrainedModel:
+def save_adapter_upload(folder: Path, base: Path, seed: int = 0, rslora: bool = False, **facts: object) -> PreTrainedModel:
     """A sound upload of a LoRA adapter of the checkpoint `base`; returns the model it stands for."""
     model = models.load_model(base)
     targets = models.LORA_TARGETS

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from device_models import DIMENSIONS, make_model, save_checkpoint, save_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from deepfusion import models
+from deepfusion.errors import InputError
+
+SIZES = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "tinyllama": 1_100_048_384, "olmo-1b": 1_176_764_416}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "gpt2"
+    save_checkpoint(folder)
+    return folder
+
+
+def test_presets_have_the_published_sizes_without_a_network() -> None:
+    for name, size in SIZES.items():
+        assert models.parameter_total(models.model_config(name)) == size
+    assert models.parameter_total(models.model_config("bloom-1b1")) == 1_065_314_304
+
+
+@pytest.mark.parametrize("kind", DIMENSIONS)
+def test_the_architecture_names_what_save_pretrained_writes(kind: str, tmp_path: Path) -> None:
+    from deepfusion.checkpoints import TensorReader
+
+    save_checkpoint(tmp_path, kind)
+    known = models.architecture(models.read_config(tmp_path))
+    stored = TensorReader(tmp_path)
+    assert {name: stored.shape(name) for name in stored.names()} == known.tensors
+    assert set(known.tied.values()) <= set(known.tensors)
+
+
+def test_a_model_loads_in_either_precision(checkpoint: Path) -> None:
+    model = models.load_model(checkpoint)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.dtype for p in models.load_model(checkpoint, "bf16").parameters()} == {torch.bfloat16}
+    assert not model.training
+    assert torch.equal(model.lm_head.weight, make_model().lm_head.weight)
+
+
+def test_a_model_that_cannot_be_loaded_is_the_users_error(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="tiny-gpt2"):
+        models.load_model(tmp_path / "nothing")
+    broken = Path(shutil.copytree(checkpoint, tmp_path / "broken"))
+    (broken / "model.safetensors").write_bytes(b"xx")
+    with pytest.raises(InputError, match="bad-model"):
+        models.load_model(broken)
+    (broken / "config.json").write_text("{]")
+    with pytest.raises(InputError, match="bad-config"):
+        models.read_config(broken)
+
+
+def test_missing_tensors_are_an_error_not_random_numbers(checkpoint: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "m"))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["transformer.h.1.mlp.c_fc.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="c_fc"):
+        models.load_model(folder)
+
+
+def test_a_tokenizer_without_padding_gets_one(checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "t"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert models.load_tokenizer(folder).pad_token == "<end>"
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="bad-tokenizer"):
+        models.load_tokenizer(folder)
+
+
+def test_a_hub_name_that_cannot_be_fetched_names_the_local_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="local folder"):
+        models.resolve("deepfusion-test/no-such-model")
+
+
+def test_precision() -> None:
+    assert models.resolve_precision("fp32") == "fp32"
+    assert models.resolve_precision("bf16") == "bf16"
+    assert models.resolve_precision("auto") in ("fp32", "bf16")
+
+
+# Signatures.
+
+
+def test_the_weights_do_not_change_the_signature_and_all_else_does(checkpoint: Path, tmp_path: Path) -> None:
+    same = tmp_path / "same"
+    save_checkpoint(same, seed=5)
+    signature = models.type_signature(checkpoint, "base")
+    assert models.type_signature(same, "base") == signature
+    assert models.type_signature(same, "other base") != signature
+    for number, changes in enumerate([{"n_head": 4}, {"n_layer": 1}, {"layer_norm_epsilon": 1e-3}]):
+        other = tmp_path / str(number)
+        make_model().config.__class__(**{**make_model().config.to_dict(), **changes}).save_pretrained(other)
+        save_tokenizer(other)
+        assert models.type_signature(other, "base") != signature
+    save_tokenizer(same, vocab=270)
+    assert models.type_signature(same, "base") != signature
+
+
+def test_bookkeeping_does_not_change_the_signature(checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "x"))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"transformers_version": "5.0", "use_cache": False, "resid_pdrop": 0.3, "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["truncation"] = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, indent=7))
+    assert models.type_signature(folder, "b") == models.type_signature(checkpoint, "b")
+
+
+# Memory.
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("4GB", 4 * 10**9), ("512MiB", 2**29), ("1.5 GiB", 3 * 2**29), ("1000", 1000), (7, 7), ("2k", 2000)]
+)
+def test_memory_is_read(text: str | int, size: int) -> None:
+    assert models.parse_memory(text) == size
+
+
+@given(st.text(max_size=12))
+def test_memory_is_a_positive_number_or_an_error(text: str) -> None:
+    try:
+        assert models.parse_memory(text) >= 1
+    except InputError as error:
+        assert error.code == "bad-memory"
+
+
+def test_the_plan_is_ordered_and_within_the_budget() -> None:
+    everything = models.plan(10**12, ["gpt2", "gpt2-medium"])
+    assert [(e["type"], e["method"]) for e in everything["fits"]] == [
+        (type, method) for type in ("gpt2-medium", "gpt2") for method in models.METHODS
+    ]
+    assert everything["chosen"] == everything["fits"][0]
+    budget = everything["fits"][2]["estimated_bytes"]
+    smaller = models.plan(budget, ["gpt2", "gpt2-medium"])
+    assert smaller["chosen"] == everything["fits"][2]
+    assert all(entry["estimated_bytes"] <= budget for entry in smaller["fits"])
+    assert models.plan(10**6, ["gpt2"]) == {"budget_bytes": 10**6, "fits": [], "chosen": None}
+
+
+def test_the_estimate_grows_with_the_work_and_spares_the_config() -> None:
+    config = models.model_config("gpt2")
+    before = config.to_dict()
+    usual = models.estimate_training_bytes(config, "full", 4, 128)
+    assert models.estimate_training_bytes(config, "full", 8, 128) > usual
+    assert models.estimate_training_bytes(config, "full", 4, 256) > usual
+    assert models.estimate_training_bytes(config, "lora", 4, 128) < usual
+    assert models.estimate_training_bytes(config, "qlora", 4, 128) < models.estimate_training_bytes(config, "lora", 4, 128)
+    assert models.estimate_training_bytes(config, "full", 4, 128, "bf16") < usual
+    assert config.to_dict() == before
+
+
+SMALL = {"vocab_size": 2560, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+TRAINED: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 96, "n_layer": 3, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "llama": {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256},
+    "bloom": {"hidden_size": 96, "n_layer": 3, "n_head": 4},
+}
+
+
+class _Student(torch.nn.Module):
+    def __init__(self, model: torch.nn.Module, head: torch.nn.Module, trunk: torch.nn.Module) -> None:
+        super().__init__()
+        self.model, self.head, self.trunk = model, [head], [trunk]
+
+    def forward(self, ids: torch.Tensor) -> dict[str, Any]:
+        from deepfusion.losses import Projection, cross_entropy_and_kl
+
+        hidden = self.trunk[0](input_ids=ids, use_cache=False).last_hidden_state
+        positions = torch.arange(ids.numel()).view(ids.shape)[:, :-1].flatten()
+        weights = torch.ones(len(positions))
+        loss = cross_entropy_and_kl(Projection(hidden, self.head[0].weight), positions, ids[:, 1:].flatten(), weights)
+        return {"loss": loss.ce, "tokens": ids.numel()}
+
+
+def _measure(kind: str, method: str, work: str, answer: Any) -> None:
+    """Train for four steps in a process of its own and tell the peak of its resident memory."""
+    from deepfusion.training import train
+
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL, **TRAINED[kind]))
+    head, trunk = model.get_output_embeddings(), model.base_model
+    if method == "lora":
+        model = get_peft_model(model, LoraConfig(r=16, target_modules=models.LORA_TARGETS, task_type="CAUSAL_LM"))
+    train(
+        _Student(model, head, trunk), [None] * 4, lambda _: {"ids": torch.randint(1, 2560, (8, 342))}, stage="device",
+        unit=kind, work=Path(work), learning_rate=1e-3, precision="fp32", seed=0, checkpoint_seconds=1000,
+    )  # fmt: skip
+    answer.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "method"), [("gpt2", "full"), ("llama", "full"), ("bloom", "full"), ("gpt2", "lora")])
+def test_the_estimate_is_within_a_fifth_of_the_measured_peak(kind: str, method: str, tmp_path: Path) -> None:
+    config = AutoConfig.for_model(kind, **SMALL, **TRAINED[kind])
+    context = multiprocessing.get_context("spawn")
+    answer = context.Queue()
+    process = context.Process(target=_measure, args=(kind, method, str(tmp_path), answer))
+    process.start()
+    peak = answer.get(timeout=120)
+    process.join()
+    estimate = models.estimate_training_bytes(config, method, 8, 342)
+    assert 0.8 < estimate / peak < 1.2, (estimate, peak)

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from device_models import make_model, save_adapter_upload, save_checkpoint, save_tokenizer, save_upload
+from safetensors.torch import load_file, save_file
+
+from deepfusion import models
+from deepfusion.config import parse_config
+from deepfusion.errors import InputError
+from deepfusion.stages import proxy, registry
+from deepfusion.upload import read_card
+
+
+def run(root: Path, clusters: list[list[str]], types: list[str]) -> Path:
+    """Register the uploads below `root` and average the given clusters; the folder of the proxies."""
+    config = parse_config({"device": {"types": types}})
+    registry.run(config, {"uploads": root / "uploads"}, root)
+    listed = [{"id": k, "devices": names, "type": "tiny", "signature": "s"} for k, names in enumerate(clusters)]
+    (root / "clusters.json").write_text(json.dumps({"clusters": listed}))
+    inputs = {"uploads": root / "uploads", "registry": root / "registry.json", "clusters": root / "clusters.json"}
+    proxy.run(config, inputs, root)
+    return root / "proxies"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bloom"])
+def test_a_proxy_is_the_plain_mean_of_its_members(kind: str, tmp_path: Path) -> None:
+    names = ["d0", "d1", "d2"]
+    for seed, name in enumerate(names):
+        save_upload(tmp_path / "uploads" / name, kind, seed, tokens=10**seed)
+    folder = run(tmp_path, [names[:2], names[2:]], ["tiny"])
+    means = models.load_model(folder / "0").state_dict()
+    members = [models.load_model(tmp_path / "uploads" / name).state_dict() for name in names]
+    for name, tensor in means.items():
+        torch.testing.assert_close(tensor, (members[0][name].double() + members[1][name].double()).div(2).float())
+    assert all(torch.equal(tensor, members[2][name]) for name, tensor in models.load_model(folder / "1").state_dict().items())
+
+
+def test_a_proxy_is_a_complete_checkpoint_that_knows_where_it_came_from(tmp_path: Path) -> None:
+    for seed, name in enumerate(["d0", "d1"]):
+        save_upload(tmp_path / "uploads" / name, seed=seed)
+    folder = run(tmp_path, [["d0", "d1"]], ["tiny"]) / "0"
+    tokenizer, model = models.load_tokenizer(folder), models.load_model(folder)
+    ids = tokenizer("the cat", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+    lineage = json.loads((folder / "proxy.json").read_text())
+    assert lineage["cluster"] == 0
+    assert set(lineage["devices"]) == {"d0", "d1"}
+    assert "d1" in (folder / "README.md").read_text()
+    assert (folder / "generation_config.json").is_file()
+
+
+def test_equal_members_average_to_themselves_bit_by_bit(tmp_path: Path) -> None:
+    uploads = tmp_path / "uploads"
+    model = make_model()
+    for name in ("a", "b", "c"):
+        model.to(torch.bfloat16).save_pretrained(uploads / name)
+        save_tokenizer(uploads / name)
+    entries = [{"device": name} for name in ("a", "b", "c")]
+    proxy.average([uploads / name for name in ("a", "b", "c")], entries, tmp_path / "mean")
+    mean, member = (load_file(path / "model.safetensors") for path in (tmp_path / "mean", uploads / "a"))
+    assert all(torch.equal(mean[name], member[name]) for name in member)
+    assert {tensor.dtype for tensor in mean.values()} == {torch.bfloat16}
+    assert models.read_config(tmp_path / "mean").dtype == torch.bfloat16
+
+
+def test_means_of_bf16_are_taken_in_fp32(tmp_path: Path) -> None:
+    values = [1.0, 1.0, 1.0, 1.0078125]  # adding up in bf16 loses the last of these
+    folders = []
+    for number, value in enumerate(values):
+        folder = tmp_path / str(number)
+        model = make_model().to(torch.bfloat16)
+        with torch.no_grad():
+            model.transformer.ln_f.weight.fill_(value)
+        model.save_pretrained(folder)
+        save_tokenizer(folder)
+        folders.append(folder)
+    proxy.average(folders, [{"device": folder.name} for folder in folders], tmp_path / "mean")
+    mean = load_file(tmp_path / "mean" / "model.safetensors")["transformer.ln_f.weight"]
+    assert torch.equal(mean, torch.full_like(mean, sum(values) / 4))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_adapters_are_merged_exactly_and_mix_with_full_weights(kind: str, rslora: bool, tmp_path: Path) -> None:
+    base, uploads = tmp_path / "base", tmp_path / "uploads"
+    save_checkpoint(base, kind)
+    digest = models.base_digest(str(base))
+    merged = [save_adapter_upload(uploads / f"d{seed}", base, seed, rslora).state_dict() for seed in range(2)]
+    save_upload(uploads / "full", kind, seed=7, base=str(base), base_digest=digest)
+    assert read_card(uploads / "full").signature == read_card(uploads / "d0").signature
+    folder = run(tmp_path, [["d0"], ["d0", "d1", "full"]], [str(base)])
+    members = [*merged, models.load_model(uploads / "full").state_dict()]
+    for name, tensor in models.load_model(folder / "0").state_dict().items():
+        torch.testing.assert_close(tensor, merged[0][name])
+    for name, tensor in models.load_model(folder / "1").state_dict().items():
+        torch.testing.assert_close(tensor, sum(member[name] for member in members) / 3)
+
+
+def test_a_base_stored_without_the_prefix_of_its_trunk_is_understood(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    save_checkpoint(base)
+    tensors = load_file(base / "model.safetensors")
+    plain = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    save_file(plain | {"h.0.attn.bias": torch.ones(1, 1, 4, 4)}, base / "model.safetensors", metadata={"format": "pt"})
+    merged = save_adapter_upload(tmp_path / "uploads" / "d0", base).state_dict()
+    folder = run(tmp_path, [["d0"]], [str(base)])
+    for name, tensor in models.load_model(folder / "0").state_dict().items():
+        torch.testing.assert_close(tensor, merged[name])
+
+
+def test_an_adapter_on_another_base_is_refused(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    save_checkpoint(base)
+    save_adapter_upload(tmp_path / "d0", base)
+    entry = {"device": "d0", "base": str(base), "base_digest": "0" * 64}
+    with pytest.raises(InputError, match="base-differs"):
+        proxy.average([tmp_path / "d0"], [entry], tmp_path / "mean")
+
+
+def test_an_interrupted_stage_keeps_the_proxies_it_has(tmp_path: Path) -> None:
+    for seed, name in enumerate(["d0", "d1"]):
+        save_upload(tmp_path / "uploads" / name, seed=seed)
+    folder = run(tmp_path, [["d0"], ["d1"]], ["tiny"])
+    before = (folder / "0" / "model.safetensors").stat().st_mtime_ns
+    shutil.rmtree(folder / "1")
+    (folder / ".1.part").mkdir()
+    run(tmp_path, [["d0"], ["d1"]], ["tiny"])
+    assert (folder / "0" / "model.safetensors").stat().st_mtime_ns == before
+    assert sorted(path.name for path in folder.iterdir()) == ["0", "1"]
