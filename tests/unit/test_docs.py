@@ -86,8 +86,8 @@ def test_configs_in_the_docs_load(block: str, tmp_path: Path) -> None:
 def _texts(node: ast.expr) -> Iterator[str]:
     """The strings that an expression can be, as regular expressions; nothing for variables."""
     match node:
-        case ast.Constant(value=str()):
-            yield re.escape(node.value)
+        case ast.Constant(value=str() as text):
+            yield re.escape(text)
         case ast.IfExp():
             yield from _texts(node.body)
             yield from _texts(node.orelse)
