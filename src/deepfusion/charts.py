@@ -15,6 +15,8 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7
 MOST_NAMED = 10
 # Beyond this many rows or columns the numbers in the cells would be too small to read.
 MOST_LABELLED = 16
+# Longer names are cut.
+MOST_LETTERS = 16
 
 Point = tuple[float, float]
 
@@ -44,11 +46,21 @@ def line_chart(series: Mapping[str, Sequence[Point]], title: str, x_label: str, 
         x, y = place(tick, y_ticks[0])
         parts.append(_text(x, y + 15, f"{tick:g}", "tick middle"))
     parts.append(_text((left + width) / 2, height - 8, x_label, "tick middle"))
-    parts.append(Markup('<text class="tick middle" transform="translate(12 {}) rotate(-90)">{}</text>').format(height / 2, y_label))
+    parts.append(
+        Markup('<text class="tick middle" transform="translate(12 {}) rotate(-90)">{}</text>').format(
+            height / 2, y_label
+        )
+    )
     for index, (name, line) in enumerate(series.items()):
+        if len(line) == 1:
+            parts.append(
+                Markup('<circle cx="{:.1f}" cy="{:.1f}" r="3" fill="{}"/>').format(*place(*line[0]), colour(index))
+            )
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
         parts.append(
-            Markup('<polyline points="{}" stroke="{}" class="line"><title>{}</title></polyline>').format(path, colour(index), name)
+            Markup('<polyline points="{}" stroke="{}" class="line"><title>{}</title></polyline>').format(
+                path, colour(index), name
+            )
         )
     named = list(series) if len(series) <= MOST_NAMED else []
     return _figure(width, height, parts, title) + legend(named)
@@ -65,7 +77,7 @@ def heat_map(
     high: float | None = None,
     cell: int = 0,
 ) -> Markup:
-    """A matrix as coloured cells, numbers in them where there is room; `breaks` draws lines before these rows and columns.
+    """A matrix as coloured cells, with numbers where there is room; `breaks` draws lines before these rows and columns.
 
     Args:
         form: format of a number, such as ".2f".
@@ -77,7 +89,12 @@ def heat_map(
     labelled = max(len(rows), len(columns)) <= MOST_LABELLED
     cell = cell or (44 if labelled else max(4, 640 // len(columns)))
     tall = min(cell, 26)
-    left, top = (12 + 7 * min(max(map(len, rows)), 16), 42) if labelled else (4, 26)
+    # Long names of columns stand aslant.
+    slant = labelled and max(map(len, columns)) > cell // 7
+    left, top = 4, 26
+    if labelled:
+        left = 12 + 7 * min(max(map(len, rows)), MOST_LETTERS)
+        top = 36 + 5 * min(max(map(len, columns)), MOST_LETTERS) if slant else 42
     parts = [_text(4, 14, title, "title")]
     for i, row in enumerate(matrix):
         y = top + i * tall
@@ -86,12 +103,16 @@ def heat_map(
         for j, value in enumerate(row):
             parts.append(_cell(left + j * cell, y, cell, tall, value, low, high, form if labelled else ""))
     if labelled:
-        parts += [_text(left + (j + 0.5) * cell, top - 6, _short(name, cell // 7), "tick middle") for j, name in enumerate(columns)]
+        label = Markup('<text class="tick {}" transform="translate({:.1f} {}) rotate({})">{}</text>')
+        turn = ("", -45) if slant else ("middle", 0)
+        for j, name in enumerate(columns):
+            parts.append(label.format(turn[0], left + (j + 0.5) * cell, top - 6, turn[1], _short(name)))
     right, low_edge = left + len(columns) * cell, top + len(rows) * tall
     for place in breaks:
         parts.append(_line(left, top + place * tall, right, top + place * tall, "break"))
         parts.append(_line(left + place * cell, top, left + place * cell, low_edge, "break"))
-    return _figure(max(right + 4, 7 * len(title) + 10), low_edge + 6, parts, title)
+    width = right + (5 * min(len(columns[-1]), MOST_LETTERS) if slant else 4)
+    return _figure(max(width, 7 * len(title) + 10), low_edge + 6, parts, title)
 
 
 def grouped_bars(groups: Sequence[str], series: Mapping[str, Sequence[float | None]], title: str, form: str) -> Markup:
@@ -116,13 +137,15 @@ def grouped_bars(groups: Sequence[str], series: Mapping[str, Sequence[float | No
 def legend(names: Sequence[str]) -> Markup:
     """Names beside the colours of their series."""
     item = Markup('<span><i style="background:{}"></i>{}</span>')
-    return Markup('<div class="legend">{}</div>').format(Markup("").join(item.format(colour(i), name) for i, name in enumerate(names)))
+    items = Markup("").join(item.format(colour(i), name) for i, name in enumerate(names))
+    return Markup('<div class="legend">{}</div>').format(items)
 
 
 def _cell(x: float, y: float, width: float, height: float, value: float, low: float, high: float, form: str) -> Markup:
     share = (value - low) / (high - low) if high > low else 0.5
     share = min(max(share, 0.0), 1.0)
-    box = Markup('<rect x="{}" y="{}" width="{}" height="{}" fill="{}"/>').format(x, y, width, height, to_hex(colormaps["Blues"](share)))
+    fill = to_hex(colormaps["Blues"](share))
+    box = Markup('<rect x="{}" y="{}" width="{}" height="{}" fill="{}"/>').format(x, y, width, height, fill)
     if not form:
         return box
     ink = "#fff" if share > 0.55 else "#12263a"
@@ -139,9 +162,9 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
 
 
 def _figure(width: float, height: float, parts: Sequence[Markup], label: str) -> Markup:
-    frame = Markup('<svg viewBox="0 0 {} {}" style="max-width:{}px" role="img" aria-label="{}">{}</svg>')
+    frame = Markup('<svg viewBox="0 0 {} {}" width="{}" role="img" aria-label="{}">{}</svg>')
     return frame.format(width, height, width, label, Markup("").join(parts))
 
 
-def _short(name: str, most: int = 16) -> str:
+def _short(name: str, most: int = MOST_LETTERS) -> str:
     return name if len(name) <= most else name[: max(most - 1, 1)] + "…"

@@ -17,8 +17,8 @@ from deepfusion.data import Encoded, Example, encode, windows
 from deepfusion.errors import InputError
 from deepfusion.families import router_logits_by_layer
 
-# One [rows, tokens, vocabulary] block of logits holds at most so many numbers (256 MiB in fp32), whatever the batch size.
-LOGITS_PER_FORWARD = 2**26
+# One [rows, tokens, vocabulary] block of logits holds at most so many numbers (1 GiB in fp32), whatever the batch size.
+LOGITS_PER_FORWARD = 2**28
 # Windows are not cut below this many characters, however short the context of the model.
 LEAST_CHARS = 16
 
@@ -52,7 +52,7 @@ class _Window:
 
     @property
     def chosen(self) -> int:
-        """The option of the highest log-likelihood per UTF-8 byte (acc_norm of lm-evaluation-harness); ties: the first."""
+        """The option of the highest log-likelihood per UTF-8 byte (lm-evaluation-harness: acc_norm); ties: first."""
         return min(range(len(self.rows)), key=lambda i: self.rows[i].nats / max(self.rows[i].size, 1))
 
 
@@ -76,10 +76,10 @@ def evaluate_model(
         choices: also score every option of multiple-choice documents.
 
     Returns:
-        `log_perplexity` (nats per counted token), `perplexity`, `bits_per_byte` (of the completions, so that models with
-        different tokenizers compare), `token_accuracy` (share of tokens predicted exactly), `choice_accuracy` (None without
-        options), `tokens`, `examples`, pooled over all tokens; the same keys per domain in `by_domain`; and the plain mean
-        of the domains in `mean_over_domains`.
+        `log_perplexity` (nats per counted token), `perplexity`, `bits_per_byte` (of the completions, so that models
+        with different tokenizers compare), `token_accuracy` (share of tokens predicted exactly), `choice_accuracy`
+        (None without options), `tokens`, `examples`, pooled over all tokens; the same keys per domain in `by_domain`;
+        and the plain mean of the domains in `mean_over_domains`.
 
     Raises:
         InputError: no examples, no token to count, or a model whose losses are not finite.
@@ -123,7 +123,8 @@ def expert_use(
     """How the router of a Mixture-of-Experts shares out the tokens of each domain [DF eq. 4].
 
     Returns:
-        domain -> one list per MoE layer -> share of each expert in the top-k choices of all tokens; each list sums to 1.
+        domain -> one list per MoE layer -> share of each expert in the top-k choices of all tokens; a list sums to 1.
+        Limits that a family puts on groups of experts are not counted in.
 
     Raises:
         InputError: no examples, or a model without routers.
@@ -154,7 +155,7 @@ def _windows(
         encoded = [encode(tokenizer, replace(window, completion=text), add_end=False) for text in completions]
         if limit and max_chars > LEAST_CHARS and max(len(one.input_ids) for one in encoded) > limit:
             # Cutting the text again, rather than the tokens, keeps the measured text the same for every model.
-            yield from _windows(tokenizer, window, max_chars // 2, limit, choices)
+            yield from _windows(tokenizer, window, min(max_chars, len(window.text)) // 2, limit, choices)
         else:
             rows = [_row(one, text, limit) for one, text in zip(encoded, completions, strict=True)]
             yield _Window(window.domain, rows, answer)
@@ -168,13 +169,22 @@ def _row(encoded: Encoded, completion: str, limit: int | None) -> _Row:
 
 def _batches(rows: Sequence[_Row], batch_size: int, vocabulary: int) -> Iterator[list[_Row]]:
     """Rows of similar length together, the longest first so that memory peaks at once."""
-    ordered = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
-    start = 0
-    while start < len(ordered):
-        fitting = LOGITS_PER_FORWARD // (len(ordered[start].input_ids) * vocabulary)
-        end = start + max(1, min(batch_size, fitting))
-        yield ordered[start:end]
-        start = end
+    batch: list[_Row] = []
+    for row in sorted(rows, key=lambda row: len(row.input_ids), reverse=True):
+        kept = _kept([*batch, row])
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * kept * vocabulary > LOGITS_PER_FORWARD):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _kept(batch: Sequence[_Row]) -> int:
+    """At how many last positions logits are needed: prompts stand first, and nobody asks how they were predicted."""
+    longest = max(len(row.input_ids) for row in batch)
+    first = min((int(row.counted.argmax()) for row in batch if row.tokens), default=longest)
+    return longest - first + 1
 
 
 def _padded(batch: list[_Row], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,9 +205,7 @@ def _score(model: PreTrainedModel, rows: Sequence[_Row], batch_size: int) -> Non
     model.eval()
     for batch in _batches(rows, batch_size, model.config.get_text_config().vocab_size):
         ids, mask = _padded(batch, model.device)
-        # Prompts stand first, so the logits before the first counted target of the batch are never needed.
-        first = min((int(row.counted.argmax()) for row in batch if row.tokens), default=ids.shape[1])
-        kept = {"logits_to_keep": ids.shape[1] - first + 1} if keeps else {}
+        kept = {"logits_to_keep": _kept(batch)} if keeps else {}
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **kept).logits
         for i, row in enumerate(batch):
             targets = np.flatnonzero(row.counted)

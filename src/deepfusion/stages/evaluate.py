@@ -32,8 +32,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     """Measure every model on the test documents and write `out`/evaluation.json.
 
     Args:
-        inputs: any of `moe`, `control`, `base` (checkpoints), `uploads`, `proxies` (folders of checkpoints), `registry` and
-            `clusters` (JSON files). What is missing is null in the result.
+        inputs: any of `moe`, `control`, `base` (checkpoints), `uploads`, `proxies` (folders of checkpoints),
+            `registry` and `clusters` (JSON files). What is missing is null in the result.
         out: also holds units/, one finished measurement a file, from which a killed stage continues.
 
     Returns:
@@ -65,10 +65,10 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
 
 
 class _Plan:
-    """Which model is measured on which domains: all for the MoE and its references, the own ones for devices and proxies.
+    """Which model is measured on which domains: MoE, control and base on all, devices and proxies on their own.
 
-    A device's own domain (`home`) is the domain of most of its private documents. It is None where these are not known, as with
-    uploads from elsewhere; then every domain is tried.
+    A device's own domain (`home`) is the domain of most of its private documents. It is None where these are not
+    known, as with uploads from elsewhere; then every domain is tried.
     """
 
     def __init__(self, inputs: dict[str, Path], test: list[Example], private: dict[str, list[Example]]) -> None:
@@ -78,7 +78,8 @@ class _Plan:
         held = {entry["device"]: self._held(private.get(entry["device"], [])) for entry in self.devices}
         self.home = {device: _majority(counts) for device, counts in held.items()}
         self.cluster_domain = {
-            cluster["id"]: _majority(sum((held[device] for device in cluster["devices"]), Counter())) for cluster in self.clusters
+            cluster["id"]: _majority(sum((held[device] for device in cluster["devices"]), Counter()))
+            for cluster in self.clusters
         }
         self.folders: dict[str, Path] = {}
         self.wanted: dict[str, list[str]] = {}
@@ -104,7 +105,14 @@ class _Plan:
 
 
 def measure(
-    unit: Path, folder: Path, examples: list[Example], batch_size: int, max_chars: int, choices: bool, precision: str, routers: bool
+    unit: Path,
+    folder: Path,
+    examples: list[Example],
+    batch_size: int,
+    max_chars: int,
+    choices: bool,
+    precision: str,
+    routers: bool,
 ) -> dict[str, Any]:
     """Measure one model, or read what an earlier attempt measured; the work of one process.
 
@@ -123,14 +131,15 @@ def measure(
     result = {"metrics": metrics, "expert_use": use}
     _write_json(unit, result)
     progress.say(
-        f"evaluate {unit.stem}: {metrics['bits_per_byte']:.3f} bits per byte, {metrics['log_perplexity']:.3f} nats per token, "
+        f"[evaluate] {unit.stem}: {metrics['bits_per_byte']:.3f} bits per byte, "
+        f"{metrics['log_perplexity']:.3f} nats per token, "
         f"token accuracy {metrics['token_accuracy']:.1%} on {', '.join(metrics['by_domain'])}"
     )
     return result
 
 
 def _measure_all(config: Config, plan: _Plan, test: list[Example], units: Path) -> dict[str, dict[str, Any]]:
-    units.mkdir(parents=True, exist_ok=True)
+    precision = resolve_precision(config.precision)
     jobs = [
         {
             "unit": units / f"{name}.json",
@@ -139,7 +148,7 @@ def _measure_all(config: Config, plan: _Plan, test: list[Example], units: Path) 
             "batch_size": config.evaluate.batch_size,
             "max_chars": config.data.max_chars,
             "choices": config.evaluate.choices,
-            "precision": resolve_precision(config.precision),
+            "precision": precision,
             "routers": name == "moe",
         }
         for name, folder in plan.folders.items()
@@ -194,7 +203,11 @@ def _proxies(plan: _Plan, measured: dict[str, dict[str, Any]]) -> dict[str, Metr
     for cluster in plan.clusters:
         found = _metrics(measured, f"proxy-{cluster['id']}")
         if found:
-            about = {"type": cluster["type"], "devices": cluster["devices"], "domain": _domain(plan, cluster["id"], found)}
+            about = {
+                "type": cluster["type"],
+                "devices": cluster["devices"],
+                "domain": _domain(plan, cluster["id"], found),
+            }
             proxies[str(cluster["id"])] = {**about, **found}
     return proxies or None
 
@@ -210,7 +223,15 @@ def _against_members(plan: _Plan, measured: dict[str, dict[str, Any]]) -> list[d
             domain = _domain(plan, cluster["id"], proxy)
             own = proxy["by_domain"][domain]["log_perplexity"]
             best = min(member["by_domain"][domain]["log_perplexity"] for member in members)
-            rows.append({"cluster": cluster["id"], "domain": domain, "proxy": own, "best_member": best, "difference": own - best})
+            rows.append(
+                {
+                    "cluster": cluster["id"],
+                    "domain": domain,
+                    "proxy": own,
+                    "best_member": best,
+                    "difference": own - best,
+                }
+            )
     return rows or None
 
 
@@ -230,7 +251,7 @@ def _comparison(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _difference(moe: Metrics | None, other: Metrics | None) -> dict[str, float] | None:
-    """Means over the domains, MoE minus other (same tokenizer): losses below 0 and accuracies above 0 favour the MoE."""
+    """Means over the domains, MoE minus other (same tokenizer): losses below 0, accuracies above 0 favour the MoE."""
     if not moe or not other:
         return None
     return {key: value - other["mean_over_domains"][key] for key, value in moe["mean_over_domains"].items()}
@@ -239,8 +260,8 @@ def _difference(moe: Metrics | None, other: Metrics | None) -> dict[str, float] 
 def _ratio_to_proxies(moe: Metrics | None, proxies: dict[str, Metrics] | None) -> float | None:
     """Bits per byte of the MoE over those of the proxies on their own domains.
 
-    Both are means over the same domains, and a domain with several proxies counts once, so that neither a domain without a proxy
-    nor one with many tilts the ratio.
+    Both are means over the same domains, and a domain with several proxies counts once, so that neither a domain
+    without a proxy nor one with many tilts the ratio.
     """
     if not moe or not proxies:
         return None

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from deepfusion.charts import grouped_bars, heat_map, line_chart
@@ -17,13 +21,21 @@ from deepfusion.config import Config
 Json = dict[str, Any]
 
 METRICS = {
-    "bits_per_byte": ("Bits per byte", ".3f", "Lower is better. Comparable between all models, whatever their tokenizers."),
+    "bits_per_byte": (
+        "Bits per byte",
+        ".3f",
+        "Lower is better. Comparable between all models, whatever their tokenizers.",
+    ),
     "log_perplexity": (
         "Log-perplexity",
         ".3f",
-        "Nats per token, lower is better. Only models that share the MoE's tokenizer compare, so devices and proxies are left out.",
+        "Nats per token, lower is better. Only models with the MoE's tokenizer compare, not devices and proxies.",
     ),
-    "token_accuracy": ("Token accuracy", ".1%", "Share of completion tokens predicted exactly, higher is better; same tokenizer only."),
+    "token_accuracy": (
+        "Token accuracy",
+        ".1%",
+        "Share of completion tokens predicted exactly, higher is better; same tokenizer only.",
+    ),
     "choice_accuracy": (
         "Multiple-choice accuracy",
         ".1%",
@@ -32,6 +44,8 @@ METRICS = {
 }
 # These compare models whatever their tokenizers.
 COMPARABLE = ("bits_per_byte", "choice_accuracy")
+# A terminal has no room for more domains.
+MOST_COLUMNS = 6
 
 
 @dataclass(frozen=True)
@@ -56,7 +70,7 @@ class Model:
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
-    """Write `out`/report/index.html from the artefacts of the run folder `inputs["run"]`; what is missing is said to be missing.
+    """Write `out`/report/index.html from the artefacts of the run folder `inputs["run"]`; it says what is missing.
 
     The config shown is the one in the run folder: the report tells what happened, not what is configured now.
     """
@@ -78,6 +92,7 @@ def render(folder: Path) -> str:
     models = compared(evaluation)
     return environment.get_template("report.html.j2").render(
         name=folder.resolve().name,
+        facts=_facts(_text(folder / "config.yaml"), registry, manifest),
         config=_text(folder / "config.yaml"),
         evaluation=evaluation,
         models=models,
@@ -92,24 +107,34 @@ def render(folder: Path) -> str:
         expert_use=_expert_use(evaluation),
         manifest=manifest,
         stages=_stages(manifest),
+        lineage=_lineage(manifest),
     )
 
 
 def summary_table(folder: Path) -> Table | str:
-    """The MoE beside its references in bits per byte, as a table for the terminal, or a line that says what is missing."""
+    """The MoE beside its references in bits per byte, as a table for the terminal; or a line that says what is missing.
+
+    Means: bits per byte, nats per token, token accuracy and multiple-choice accuracy.
+    """
     models = compared(_read(folder / "evaluation.json"))
     if not models:
-        return "no evaluation yet"
+        return "not evaluated: no MoE yet, or no test documents (data.test)"
     domains = list(models[0].by_domain)
-    table = Table(title="Held-out text, bits per byte (lower is better)", title_justify="left")
-    table.add_column("model")
-    for heading in [*domains, "mean", "nats/token", "token acc.", "choice acc."]:
-        table.add_column(heading, justify="right")
+    shown = domains if len(domains) <= MOST_COLUMNS else []
+    table = Table(
+        title="Held-out text: bits per byte by domain, and means over the domains",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("", no_wrap=True)
+    for heading in [*shown, "mean", "nats", "acc.", "choice"]:
+        table.add_column(escape(heading), justify="right")
     for model in models:
-        bits = [model.value("bits_per_byte", domain) for domain in domains]
-        bits.append(model.mean("bits_per_byte", domains))
-        others = [(name, METRICS[name][1]) for name in ("log_perplexity", "token_accuracy", "choice_accuracy")]
-        cells = [_number(value, ".3f") for value in bits] + [_number(model.mean(name, _asked(models, name)), form) for name, form in others]
+        bits = [model.value("bits_per_byte", domain) for domain in shown]
+        cells = [_number(value, ".3f") for value in [*bits, model.mean("bits_per_byte", domains)]]
+        for metric in ("log_perplexity", "token_accuracy", "choice_accuracy"):
+            cells.append(_number(model.mean(metric, _asked(models, metric)), METRICS[metric][1]))
         table.add_row(model.name, *cells, style="bold" if model is models[0] else None)
     return table
 
@@ -120,12 +145,12 @@ def compared(evaluation: Json | None) -> list[Model]:
         return []
     references = evaluation.get("references") or {}
     models = [Model("DeepFusion MoE", evaluation["moe"]["by_domain"], True, {})]
-    for key, name in (("no_distillation", "No distillation, same tuning"), ("base", "Public base, untouched")):
+    for key, name in (("no_distillation", "No distillation"), ("base", "Untouched base")):
         if references.get(key):
             models.append(Model(name, references[key]["by_domain"], True, {}))
     if devices := references.get("devices"):
         who = {domain: f"{values['device']} ({values['type']})" for domain, values in devices.items()}
-        models.append(Model("Best device of the domain", devices, False, who))
+        models.append(Model("Best device", devices, False, who))
     if proxies := references.get("proxies"):
         best: dict[str, Json] = {}
         who = {}
@@ -133,7 +158,7 @@ def compared(evaluation: Json | None) -> list[Model]:
             domain, values = proxy["domain"], proxy["by_domain"][proxy["domain"]]
             if domain not in best or values["bits_per_byte"] < best[domain]["bits_per_byte"]:
                 best[domain], who[domain] = values, f"cluster {number} ({proxy['type']})"
-        models.append(Model("Best proxy of the domain", best, False, who))
+        models.append(Model("Best proxy", best, False, who))
     return models
 
 
@@ -149,11 +174,17 @@ def _metric_tables(models: list[Model]) -> list[Json]:
                 rows.append((model, values))
         if not rows:
             continue
-        columns = [[value for value in column if value is not None] for column in zip(*(values for _, values in rows), strict=True)]
+        columns = [
+            [value for value in column if value is not None]
+            for column in zip(*(values for _, values in rows), strict=True)
+        ]
         choose = max if metric.endswith("accuracy") else min
         best = [choose(column) if column else None for column in columns]
         lines = [
-            {"name": model.name, "cells": [(_number(v, form), v is not None and v == b) for v, b in zip(values, best, strict=True)]}
+            {
+                "name": model.name,
+                "cells": [(_number(v, form), v is not None and v == b) for v, b in zip(values, best, strict=True)],
+            }
             for model, values in rows
         ]
         tables.append({"title": title, "note": note, "domains": domains, "lines": lines})
@@ -178,18 +209,22 @@ def _similarity(clusters: Json | None) -> Markup | None:
     if not clusters or not clusters.get("similarity"):
         return None
     names, matrix = clusters["similarity"]["devices"], clusters["similarity"]["matrix"]
-    order, breaks = [], []
+    order: list[int] = []
+    breaks: list[int] = []
     for cluster in clusters["clusters"]:
         breaks.append(len(order))
         order += [names.index(device) for device in cluster["devices"] if device in names]
-    ordered = [[matrix[i][j] for j in order] for i in order]
-    labels = [names[i] for i in order]
-    return heat_map(ordered, labels, labels, "Cosine similarity, ordered by cluster", ".2f", breaks[1:], high=1.0) if order else None
+    if not order:
+        return None
+    ordered, labels = [[matrix[i][j] for j in order] for i in order], [names[i] for i in order]
+    return heat_map(ordered, labels, labels, "Cosine similarity, ordered by cluster", ".2f", breaks[1:], high=1.0)
 
 
 def _devices(registry: Any, clusters: Json | None, transport: Json | None) -> list[Json]:
     """One row per accepted device: what it is, where it was put, what it moved."""
-    placed = {device: cluster["id"] for cluster in (clusters or {}).get("clusters", []) for device in cluster["devices"]}
+    placed = {
+        device: cluster["id"] for cluster in (clusters or {}).get("clusters", []) for device in cluster["devices"]
+    }
     moved = (transport or {}).get("devices", {})
     keys = ("device", "type", "method", "documents", "tokens", "loss_before", "loss_after", "bytes")
     rows = []
@@ -209,11 +244,13 @@ def _curves(path: Path) -> list[Markup]:
             step, loss = float(row["step"]), float(row["loss"])
         except (ValueError, KeyError, TypeError):
             continue
-        if loss == loss and abs(loss) != float("inf"):
+        if math.isfinite(loss):
             # A resumed training logs some steps again; the later row counts.
             stages.setdefault(str(row.get("stage")), {}).setdefault(str(row.get("unit")), {})[step] = loss
     return [
-        line_chart({unit: sorted(points.items()) for unit, points in sorted(units.items())}, stage, "step", "training loss")
+        line_chart(
+            {unit: sorted(points.items()) for unit, points in sorted(units.items())}, stage, "step", "training loss"
+        )
         for stage, units in stages.items()
     ]
 
@@ -231,10 +268,35 @@ def _expert_use(evaluation: Json | None) -> list[Markup]:
     return charts
 
 
+def _facts(config: str | None, registry: Any, manifest: Json | None) -> list[str]:
+    """What the run is, in a few words, as far as it is known."""
+    try:
+        values = yaml.safe_load(config or "") or {}
+    except yaml.YAMLError:
+        values = {}
+    facts = [f"recipe {values['recipe']}"] if values.get("recipe") else []
+    if values.get("family"):
+        facts.append(f"{values.get('experts')} experts of {values['family']}, top {values.get('top_k')}")
+    if registry:
+        facts.append(f"{len(registry)} devices")
+    if "seed" in values:
+        facts.append(f"seed {values['seed']}")
+    return [*facts, f"deepfusion {manifest['version']}"] if manifest and manifest.get("version") else facts
+
+
+def _lineage(manifest: Json | None) -> list[tuple[str, str, str]]:
+    """(stage, artefact, start of its digest) of everything that the finished stages left."""
+    stages = (manifest or {}).get("stages") or {}
+    return [
+        (name, path, digest[:16])
+        for name, stage in stages.items()
+        for path, digest in (stage.get("digests") or {}).items()
+    ]
+
+
 def _stages(manifest: Json | None) -> list[Json]:
     """Name, status, seconds and peak memory of each stage, and its share of the longest time and the highest peak."""
-    stages = (manifest or {}).get("stages") or {}
-    rows = [{"name": name, **values} for name, values in stages.items()] if isinstance(stages, dict) else stages
+    rows = [{"name": name, **values} for name, values in ((manifest or {}).get("stages") or {}).items()]
     for key in ("seconds", "peak_rss_bytes"):
         most = max((row.get(key) or 0 for row in rows), default=0) or 1
         rows = [{**row, f"{key}_share": (row.get(key) or 0) / most} for row in rows]
