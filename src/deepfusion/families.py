@@ -65,7 +65,7 @@ _BASES = {
     "qwen3_moe": "qwen3 without sliding window, or qwen3_moe with all layers dense",
     "deepseek": "llama without attention_bias and mlp_bias",
     "deepseek_v2": "deepseek_v2 with first_k_dense_replace >= num_hidden_layers and without mlp_bias",
-    "deepseek_v3": "deepseek_v3 with first_k_dense_replace >= num_hidden_layers",
+    "deepseek_v3": "deepseek_v3, or deepseek_v2 without rope scaling, with first_k_dense_replace >= num_hidden_layers",
 }
 _ROUTER_STD = 0.02
 _QUIET_LOGIT = 1e-6  # below the 1e-5 of the contract, above the 6e-8 at which fp32 softmax scores near 1 tie
@@ -152,6 +152,9 @@ def check_base(family: str, base_config: PretrainedConfig) -> None:
             fits = base_config.first_k_dense_replace >= base_config.num_hidden_layers and not base_config.mlp_bias
         case ("deepseek_v3", "deepseek_v3"):
             fits = base_config.first_k_dense_replace >= base_config.num_hidden_layers
+        case ("deepseek_v3", "deepseek_v2"):  # the dense layers are the same; the two scale extended rope differently
+            dense = base_config.first_k_dense_replace >= base_config.num_hidden_layers and not base_config.mlp_bias
+            fits = dense and base_config.rope_parameters.get("rope_type", "default") == "default"
         case _:
             fits = False
     if not fits:

@@ -228,10 +228,10 @@ def _sources(config: Config) -> list[str]:
 
 
 def _digest(path: Path) -> str:
-    """Digest of a file, or of the names and contents of a folder."""
+    """Digest of a file, or of the names and contents of a folder; model cards only tell about what is beside them."""
     if path.is_file():
         return sha256_file(path)
-    files = sorted(p for p in path.rglob("*") if p.is_file())
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != "README.md")
     lines = "".join(f"{p.relative_to(path)} {sha256_file(p)}\n" for p in files)
     return hashlib.sha256(lines.encode()).hexdigest()
 

@@ -62,7 +62,7 @@ def train(
         train_sampling_strategy="sequential",
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=max(1, steps // 20),
+        warmup_steps=steps // 20,
         weight_decay=0.01,
         max_grad_norm=1.0,
         bf16=precision == "bf16",
@@ -185,9 +185,10 @@ class _Lines(TrainerCallback):
             return
         values = {key: float(value) for key, value in logs.items() if key not in ("epoch", "tokens", "grad_norm")}
         self.tokens += float(logs.get("tokens", 0))
+        now = time.monotonic()
+        values["tokens_per_second"] = round(self.tokens / (now - self.start), 1)
         self.history.append({"step": state.global_step, **values})
         progress.record(self.stage, self.unit, state.global_step, self.steps, values)
-        now = time.monotonic()
         done = state.global_step >= self.steps
         if now - self.last_line < 5 and not done:
             return

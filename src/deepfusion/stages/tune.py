@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from deepfusion import families, models
-from deepfusion.artefacts import write_model_card
+from deepfusion.artefacts import write_final_card, write_model_card
 from deepfusion.config import Config
 from deepfusion.corpus import read_corpus
 from deepfusion.data import reading_order
@@ -38,6 +38,9 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
          "unit": "control", "out": moe / "control", "work": out / "work" / "control"},
     ]  # fmt: skip
     final, control = run_jobs(tune, jobs, config.jobs)
+    write_final_card(config, inputs["run"], moe / "final")
+    facts = {"documents": "public text without samples of the proxies", "steps": config.tune.steps, "seed": config.seed}
+    write_model_card(moe / "control", "Control", "The same MoE with the public base as every expert; no device taught it.", facts)
     return {"final": final, "control": control}
 
 
@@ -87,15 +90,6 @@ def tune(
     shutil.rmtree(part, ignore_errors=True)
     student.eval().to(models.read_config(start).dtype).save_pretrained(part)
     tokenizer.save_pretrained(part)
-    origin = "experts made from the models of several devices" if samples else "the public base as every expert: a control"
-    count = families.parameter_count(student.config)
-    write_model_card(
-        part,
-        f"DeepFusion {student.config.model_type}",
-        f"A Mixture-of-Experts model with {origin}. It loads with `AutoModelForCausalLM.from_pretrained`.",
-        {"parameters": f"{count['total']:,}, {count['active']:,} used per token", "recipe": config.recipe, "steps": steps,
-         "documents": len(documents), "teachers": len(teachers), "seed": config.seed},
-    )  # fmt: skip
     shutil.rmtree(out, ignore_errors=True)
     os.replace(part, out)
     shutil.rmtree(work, ignore_errors=True)
