@@ -109,5 +109,5 @@ def test_shares_add_up_and_stay_within_their_bounds(data: st.DataObject) -> None
     assert sum(shares) == experts
     assert all(1 <= share <= limit for share, limit in zip(shares, devices, strict=True))
     exact = [experts * count / sum(tokens) for count in tokens]
-    if all(1 <= quota and quota + 1 <= limit for quota, limit in zip(exact, devices, strict=True)):
+    if all(quota >= 1 and quota + 1 <= limit for quota, limit in zip(exact, devices, strict=True)):
         assert all(abs(share - quota) < 1 for share, quota in zip(shares, exact, strict=True))
