@@ -85,7 +85,7 @@ STAGES = (
         "evaluate", evaluate.run,
         {"moe": "moe/final", "control": "moe/control", "uploads": "uploads", "registry": "registry.json",
          "clusters": "clusters.json", "proxies": "proxies", "bases": "bases"},
-        ("evaluation.json",), (*_SPLIT_KEYS, "data.max_chars", "family", "distill.base", "evaluate"),
+        ("evaluation.json",), (*_SPLIT_KEYS, "data.max_chars", "precision", "family", "distill.base", "evaluate"),
     ),
     Stage("report", report.run, {"evaluation": "evaluation.json"}, ("report",), ()),
 )  # fmt: skip

@@ -170,7 +170,9 @@ def train_device(
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     if adapter is not None:
-        adapter.save_pretrained(part)
+        settings = adapter.peft_config["default"]
+        settings.target_modules = sorted(settings.target_modules or ())  # a set, whose order differs between processes
+        adapter.save_pretrained(str(part))
         (part / "README.md").unlink(missing_ok=True)  # PEFT's model card names local paths
         student.config.save_pretrained(part)
     else:

@@ -15,6 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from deepfusion.artefacts import write_final_card
 from deepfusion.charts import grouped_bars, heat_map, line_chart
 from deepfusion.config import Config
 
@@ -78,6 +79,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     page = out / "report" / "index.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(render(folder), "utf-8")
+    if (folder / "moe" / "final").is_dir():
+        write_final_card(config, folder, folder / "moe" / "final")  # now the card can tell how the model measured
     return {"bytes": page.stat().st_size}
 
 
