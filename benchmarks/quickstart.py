@@ -1,4 +1,4 @@
-"""Phase times, tokens per second and peak memory of a finished run: `python benchmarks/quickstart.py RUN > benchmarks/quickstart.md`.
+"""Phase times, speed and peak memory of a run: `python benchmarks/quickstart.py RUN > benchmarks/quickstart.md`.
 
 `make demo` leaves such a run in runs/quickstart. Seconds are wall clock; memory is that of the main process and its workers.
 """
@@ -40,7 +40,8 @@ def main(run: Path) -> None:
     print("| stage | seconds | peak memory (GiB) | trainings | tok/s a training |\n|---|---|---|---|---|")
     for name, stage in manifest["stages"].items():
         count, speed = measured.get(name, (0, 0.0))
-        print(f"| {name} | {stage['seconds']:.1f} | {stage['peak_rss_bytes'] / 2**30:.2f} | {count or ''} | {f'{speed:,.0f}' if count else ''} |")
+        memory, shown = stage["peak_rss_bytes"] / 2**30, f"{speed:,.0f}" if count else ""
+        print(f"| {name} | {stage['seconds']:.1f} | {memory:.2f} | {count or ''} | {shown} |")
     print(f"| **all** | **{sum(stage['seconds'] for stage in manifest['stages'].values()):.1f}** | | | |")
     print("\nMade by `make demo && python benchmarks/quickstart.py runs/quickstart > benchmarks/quickstart.md`.")
 

@@ -78,8 +78,8 @@ def main() -> None:
     machine = cells[0]["hardware"]
     text = (
         "# Recipes `fused` and `paper` on the quickstart\n\n"
-        f"Seeds {arguments.seeds}; equal uploads, public text and optimizer steps; held-out text, means over the four domains; mean ± "
-        f"standard deviation over seeds. {machine['cores']} cores, GPU: {machine['gpu'] or 'none'}.\n\n{table(cells)}\n\n"
+        f"Seeds {arguments.seeds}; equal uploads, public text and optimizer steps; held-out text, means over the four domains; "
+        f"mean ± standard deviation over seeds. {machine['cores']} cores, GPU: {machine['gpu'] or 'none'}.\n\n{table(cells)}\n\n"
         "Made by `python benchmarks/recipes.py` from benchmarks/results/recipes-*.json.\n"
     )
     (HERE / "recipes.md").write_text(text, "utf-8")

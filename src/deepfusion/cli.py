@@ -206,11 +206,11 @@ def generate(
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     with torch.inference_mode():
-        output = loaded.generate(
+        output: torch.Tensor = loaded.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id, **sampling,
         )  # fmt: skip
-    text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    text = str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
     if json_:
         return _print_json({"prompt": prompt, "completion": text, "tokens": int(output.shape[1] - ids.shape[1])})
     print(prompt + text)
@@ -260,7 +260,8 @@ def device_train(
     card = train_alone(load_config(config, set or []), data, out, type, memory, id)
     if json_:
         return _print_json(card)
-    print(f"{out}: held-out loss {card['loss_before']:.3f} -> {card['loss_after']:.3f} nats/token; hand in this folder, nothing else")
+    losses = f"{card['loss_before']:.3f} -> {card['loss_after']:.3f}"
+    print(f"{out}: held-out loss {losses} nats/token; hand in this folder, nothing else")
 
 
 @device_app.command("check")
@@ -325,7 +326,7 @@ def config_explain(key: Annotated[str | None, typer.Argument(help="only keys tha
         near = difflib.get_close_matches(key or "", known_keys(), n=1, cutoff=0.3)
         raise InputError(f"unknown key {key}", fix=f"did you mean {near[0]}?" if near else None, code="unknown-key")
     if json_:
-        return _print_json({name: {"type": kind, "default": _plain(default), "meaning": text} for name, kind, default, text in rows})
+        return _print_json({name: {"type": kind, "default": _plain(value), "meaning": text} for name, kind, value, text in rows})
     for name, kind, default, text in rows:
         print(f"{name}  ({kind}; default {_plain(default)})\n    {text}")
 

@@ -222,7 +222,7 @@ class Config(Section):
 # What a recipe sets; a file or --set may still say otherwise.
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {"distill": {"trunk_share": 0.0, "train": "all"}, "tune": {"teachers": False, "train_experts": False}},
-    "fused": {"distill": {"trunk_share": 0.5, "train": "ffn", "alpha": 0.0}, "tune": {"teachers": True, "train_experts": True}},
+    "fused": {"distill": {"trunk_share": 1.0, "train": "ffn", "alpha": 0.0}, "tune": {"teachers": True, "train_experts": True}},
 }
 
 

@@ -7,7 +7,6 @@ the student. A batch may hold texts of several teachers: each text is compared w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,8 @@ class Teacher:
     """A frozen proxy with its tokenizer, and what its vocabulary shares with the student's."""
 
     def __init__(self, folder: Path, student_tokenizer: PreTrainedTokenizerBase, precision: str, device: torch.device) -> None:
-        self.model = load_model(folder, precision).to(device).eval().requires_grad_(False)
+        self.model = load_model(folder, precision).eval().requires_grad_(False)
+        nn.Module.to(self.model, device)
         self.tokenizer = load_tokenizer(folder)
         self.vocabulary: SharedVocabulary = shared_vocabulary(student_tokenizer, self.tokenizer).to(device)
 
@@ -147,14 +147,13 @@ class Distiller(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, groups: list[Group]) -> dict[str, Tensor]:
         """Scalars: `loss`, its parts `ce`, `kl`, `chunk`, `feature`, `balance`, the token `accuracy`, and `tokens` read."""
-        recording = families.router_logits_by_layer(self.student) if self.moe else nullcontext({})
-        with recording as router_logits:
+        # Records nothing in a dense student.
+        with families.router_logits_by_layer(self.student) as router_logits:
             states = _decode(self.student, input_ids, attention_mask, bool(self.vaa))
         head = self.student.get_output_embeddings()
         totals: dict[str, Tensor] = {}
-        shares = torch.stack([group.aligned.weights.sum() for group in groups])
-        shares = (shares / shares.sum().clamp_min(1e-9)).tolist()
-        for group, share in zip(groups, shares, strict=True):
+        counted = torch.stack([group.aligned.weights.sum() for group in groups])
+        for group, share in zip(groups, (counted / counted.sum().clamp_min(1e-9)).tolist(), strict=True):
             for key, value in self._group_losses(group, states, input_ids, head).items():
                 totals[key] = totals.get(key, value.new_zeros(())) + share * value
         w = self.weights
@@ -170,14 +169,15 @@ class Distiller(nn.Module):
             loss = loss + w.balance * totals["balance"]
         return {"loss": loss, **totals, "tokens": attention_mask.sum()}
 
-    def _group_losses(self, group: Group, states: list[Tensor], input_ids: Tensor, head: nn.Module) -> dict[str, Tensor]:
+    def _group_losses(self, group: Group, states: list[Tensor], input_ids: Tensor, head: Any) -> dict[str, Tensor]:
         device = input_ids.device
         rows, aligned = group.rows.to(device), group.aligned.to(device)
         student = Projection(states[-1][rows], head.weight, getattr(head, "bias", None))
         if group.teacher is None or not (self.weights.beta or self.weights.chunk or self.weights.alpha):
             return _named(distillation_losses(aligned, student, input_ids[rows]))
         teacher = self.teachers[group.teacher]
-        assert group.teacher_ids is not None and group.teacher_mask is not None
+        assert group.teacher_ids is not None
+        assert group.teacher_mask is not None
         ids = group.teacher_ids.to(device)
         with torch.no_grad():
             teacher_states = _decode(teacher.model, ids, group.teacher_mask.to(device), bool(self.vaa))
@@ -194,7 +194,8 @@ class Distiller(nn.Module):
             )
         )
         if self.vaa:
-            assert group.student_pool is not None and group.teacher_pool is not None
+            assert group.student_pool is not None
+            assert group.teacher_pool is not None
             losses["feature"] = self.vaa[str(group.teacher)](
                 [states[end][rows] for end in stage_ends(len(states) - 1, self.stages)],
                 group.student_pool.to(device),

@@ -112,7 +112,7 @@ class _Trainer(Trainer):
         self._sums: dict[str, float] = defaultdict(float)
         self._count = 0
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *_: Any, **__: Any) -> Any:
         values = model(**inputs)
         for key, value in values.items():
             self._sums[key] += float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
@@ -139,8 +139,8 @@ class _Trainer(Trainer):
                 parameter.copy_(stored[name])
 
 
-def _trained(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.data for name, p in module.named_parameters() if p.requires_grad}
+def _trained(module: nn.Module | None) -> dict[str, torch.Tensor]:
+    return {name: p.data for name, p in module.named_parameters() if p.requires_grad} if module is not None else {}
 
 
 class _Clock(TrainerCallback):

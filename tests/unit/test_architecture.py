@@ -14,7 +14,7 @@ FLOOR = ("errors", "config", "progress", "tiny")
 
 def _level(module: str) -> int:
     """The lower, the more others may import it."""
-    top = module.split(".")[0]
+    top = module.partition(".")[0]
     if top in FLOOR:
         return 0
     return {"stages": 2, "baselines": 3, "pipeline": 3, "federation": 4, "cli": 5}.get(top, 1)
@@ -30,7 +30,8 @@ def _imports(path: Path) -> set[str]:
             found.add(node.module)
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     known = {_name(module) for module in MODULES} | {"tiny"}
-    return {name.removeprefix("deepfusion.") for name in found if name.removeprefix("deepfusion.") in known and "deepfusion" in name}
+    ours = {name.removeprefix("deepfusion.") for name in found if name.startswith("deepfusion.")}
+    return ours & known
 
 
 def _name(path: Path) -> str:

@@ -136,7 +136,7 @@ def train_device(
     student = _load_student(base, method, precision, name)
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if method != "qlora":
-        student.to(where)
+        torch.nn.Module.to(student, where)
     before = _loss(student, tokenizer, held_out, config)
     adapter = None
     if method != "full":
@@ -170,13 +170,14 @@ def train_device(
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     if adapter is not None:
-        settings = adapter.peft_config["default"]
+        settings: Any = adapter.peft_config["default"]
         settings.target_modules = sorted(settings.target_modules or ())  # a set, whose order differs between processes
         adapter.save_pretrained(str(part))
         (part / "README.md").unlink(missing_ok=True)  # PEFT's model card names local paths
-        student.config.save_pretrained(part)
+        models.read_config(base).save_pretrained(part)  # the student's own may speak of quantisation
     else:
-        student.to(_stored_dtype(base)).save_pretrained(part)
+        torch.nn.Module.to(student, _stored_dtype(base))
+        student.save_pretrained(part)
     tokenizer.save_pretrained(part)
     write_card(
         part,
@@ -226,7 +227,8 @@ def _load_student(base: str, method: str, precision: str, name: str) -> PreTrain
 
 def _stored_dtype(base: str) -> torch.dtype:
     """Uploads are as precise as the public checkpoint they came from: bf16 halves what crosses the network."""
-    return models.read_config(base).dtype or torch.float32
+    dtype = models.read_config(base).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def _loss(model: PreTrainedModel, tokenizer: Any, held_out: list[Example], config: Config) -> float:

@@ -41,10 +41,10 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     trunk_steps = round(config.distill.steps * config.distill.trunk_share)
     branch_steps = (config.distill.steps - trunk_steps) // config.experts
     if trunk_steps:
-        distill(
-            config, start, dict(enumerate(proxies)), corpus, trunk_steps, train_all=True, unit="trunk",
-            out=bases / "trunk", work=work / "trunk",
-        )  # fmt: skip
+        trunk = {"config": config, "start": start, "proxies": dict(enumerate(proxies)), "documents": corpus,
+                 "steps": trunk_steps, "train_all": True, "unit": "trunk", "out": bases / "trunk",
+                     "work": work / "trunk"}  # fmt: skip
+        run_jobs(distill, [trunk], 1)
         start = bases / "trunk"
     jobs = [
         {"config": config, "start": start, "proxies": {k: proxy}, "documents": _texts(config, corpus, k, bool(trunk_steps)),
@@ -82,7 +82,8 @@ def distill(
     precision = models.resolve_precision(config.precision)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = models.load_tokenizer(start)
-    student = models.load_model(start, "fp32").to(device)
+    student = models.load_model(start, "fp32")
+    torch.nn.Module.to(student, device)
     history: list[dict[str, float]] = []
     if steps:
         vaa = settings.vaa if settings.alpha > 0 else None

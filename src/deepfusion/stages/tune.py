@@ -58,7 +58,8 @@ def tune(
     precision = models.resolve_precision(config.precision)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = models.load_tokenizer(start)
-    student = models.load_model(start, "fp32").to(device)
+    student = models.load_model(start, "fp32")
+    torch.nn.Module.to(student, device)
     documents = [d for d in read_corpus(corpus) if samples or d.source != "sampled"]
     steps = settings.steps if documents else 0
     pinned = set(families.pinned_parameters(student))

@@ -13,9 +13,10 @@ import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -103,7 +104,7 @@ def metaspace(passages: list[str], vocab_size: int) -> Tokenizer:
 
 
 GPT4_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-BLOOM_SPLIT = r" ?[^(\s|[.,!?…。，、।۔،])]+"  # noqa: RUF001
+BLOOM_SPLIT = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 
 
 def make_tokenizer(name: str, passages: list[str]) -> PreTrainedTokenizerFast:
@@ -132,16 +133,17 @@ def make_tokenizer(name: str, passages: list[str]) -> PreTrainedTokenizerFast:
 
 def make_model(name: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """A freshly initialised model of checkpoint `name`."""
-    special = {
+    special: dict[str, Any] = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    vocab, small = len(tokenizer), {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
-    common = {"tie_word_embeddings": True, "max_position_embeddings": 512, **special}
-    base = {"vocab_size": vocab, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+    vocab = len(tokenizer)
+    small: dict[str, Any] = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    common: dict[str, Any] = {"tie_word_embeddings": True, "max_position_embeddings": 512, **special}
+    base: dict[str, Any] = {"vocab_size": vocab, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
             "num_key_value_heads": 4, "intermediate_size": 256, **common}  # fmt: skip
-    latent = {"kv_lora_rank": 64, "q_lora_rank": None, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32,
+    latent: dict[str, Any] = {"kv_lora_rank": 64, "q_lora_rank": None, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32,
               "first_k_dense_replace": 4}  # fmt: skip
     torch.manual_seed(0)
     match name:
@@ -192,7 +194,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name: str, 
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    model.to(torch.bfloat16).save_pretrained(folder)
+    torch.nn.Module.to(model, torch.bfloat16)
+    model.save_pretrained(folder)
     tokenizer.model_max_length = 512
     tokenizer.save_pretrained(folder)
     parameters = sum(p.numel() for p in model.parameters())
