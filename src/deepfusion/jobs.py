@@ -27,9 +27,12 @@ def default_workers() -> int:
 def run_jobs(function: Callable[..., Any], jobs: list[dict[str, Any]], workers: int | None) -> list[Any]:
     """Call the module-level `function` once per dict of keyword arguments; results in order.
 
-    With one worker the calls run in this process, on one thread too: results do not depend on how many run side by side.
+    Where there are several jobs each gets one thread, also with one worker, in this process: results do not depend on how
+    many run side by side. A single job runs in this process and gets all threads.
     """
     workers = workers or default_workers()
+    if len(jobs) == 1:
+        return [function(**jobs[0])]
     if workers == 1:
         return [_one_thread(function, job) for job in jobs]
     pool = _shared_pool(workers)

@@ -41,10 +41,11 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     trunk_steps = round(config.distill.steps * config.distill.trunk_share)
     branch_steps = (config.distill.steps - trunk_steps) // config.experts
     if trunk_steps:
-        trunk = {"config": config, "start": start, "proxies": dict(enumerate(proxies)), "documents": corpus,
-                 "steps": trunk_steps, "train_all": True, "unit": "trunk", "out": bases / "trunk",
-                     "work": work / "trunk"}  # fmt: skip
-        run_jobs(distill, [trunk], 1)
+        trunk = {
+            "config": config, "start": start, "proxies": dict(enumerate(proxies)), "documents": corpus, "steps": trunk_steps,
+            "train_all": True, "unit": "trunk", "out": bases / "trunk", "work": work / "trunk",
+        }  # fmt: skip
+        run_jobs(distill, [trunk], config.jobs)
         start = bases / "trunk"
     jobs = [
         {"config": config, "start": start, "proxies": {k: proxy}, "documents": _texts(config, corpus, k, bool(trunk_steps)),

@@ -143,8 +143,8 @@ def make_model(name: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel
     common: dict[str, Any] = {"tie_word_embeddings": True, "max_position_embeddings": 512, **special}
     base: dict[str, Any] = {"vocab_size": vocab, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
             "num_key_value_heads": 4, "intermediate_size": 256, **common}  # fmt: skip
-    latent: dict[str, Any] = {"kv_lora_rank": 64, "q_lora_rank": None, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32,
-              "first_k_dense_replace": 4}  # fmt: skip
+    latent: dict[str, Any] = {"kv_lora_rank": 64, "q_lora_rank": None, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
+                              "v_head_dim": 32, "first_k_dense_replace": 4}  # fmt: skip
     torch.manual_seed(0)
     match name:
         case "tiny-gpt2":
