@@ -151,11 +151,22 @@ def test_damaged_checkpoint(zoo, settings, tmp_path, refused):
     refused("damaged", "generate", damaged, "hello")
 
 
-def test_wrong_usage(invoke):
-    for arguments in (["evaluate"], ["run", "--no-such-option"], ["no-such-command"], ["device", "plan"], ["generate", "x", "y", "--max-new-tokens", "0"]):
-        done = invoke(*arguments)
-        assert done.code == 2
-        assert "Traceback" not in done.err
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "evaluate",
+        "run --no-such-option",
+        "no-such-command",
+        "device plan",
+        "generate model hello --max-new-tokens 0",
+        "device bake",
+    ],
+)
+def test_wrong_usage(arguments, invoke):
+    done = invoke(*arguments.split())
+    assert done.code == 2
+    assert "Usage:" in done.err
+    assert "Traceback" not in done.err
 
 
 @pytest.mark.slow
