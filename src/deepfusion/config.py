@@ -281,6 +281,17 @@ def known_keys() -> list[str]:
     return [key for key, *_ in explain()]
 
 
+def nearest_key(key: str) -> str | None:
+    """The section or key that someone who wrote `key` probably meant."""
+    known = [*known_keys(), *(f"devices.{name}" for name in DeviceSpec.model_fields)]
+    sections = {section: section for name in known if (section := name.rpartition(".")[0])}
+    last = {name.rpartition(".")[2]: name for name in reversed(known)}
+    plain = ".".join(part for part in key.split(".") if not part.isdigit())
+    near = difflib.get_close_matches(plain, [*sections, *known], n=1, cutoff=0.7)
+    near = near or [last[name] for name in difflib.get_close_matches(plain.rpartition(".")[2], last, n=1)]
+    return near[0] if near else None
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         fix = "deepfusion config show prints a complete one"
@@ -334,15 +345,14 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _explain_error(error: ValidationError, where: object) -> InputError:
     errors = error.errors()
-    # A value of several allowed types fails once for each; the error that lies deepest is the one that was meant.
-    first = max((e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]), key=lambda e: len(e["loc"]))
+    # A value of several allowed types fails once for each; the error that lies deepest is the one that was meant. A wrong key
+    # often makes the right one missing, and says more.
+    related = (e for e in errors if e["loc"][:1] == errors[0]["loc"][:1])
+    first = max(related, key=lambda e: (len(e["loc"]), e["type"] == "extra_forbidden"))
     key = ".".join(str(part) for part in first["loc"] if part not in ("list[DeviceSpec]", "list[str]", "str", "int"))
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.4)
-        if not near:
-            last = key.rsplit(".", 1)[-1]
-            near = [k for k in known_keys() if difflib.get_close_matches(last, [k.rsplit(".", 1)[-1]], cutoff=0.6)][:1]
-        hint = f"did you mean {near[0]}?" if near else "deepfusion config explain lists every key"
+        near = nearest_key(key)
+        hint = f"did you mean {near}?" if near else "deepfusion config explain lists every key"
         return InputError(f"unknown key {key}", where=where, fix=hint, code="unknown-key")
     message = first["msg"].removeprefix("Value error, ")
     got = "" if first["type"] == "value_error" else f" (got {first['input']!r})"
