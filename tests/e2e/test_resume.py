@@ -110,14 +110,15 @@ def test_command_line_with_workers_killed(values, tmp_path):
     run_settings(values, tmp_path / "undisturbed")
     config, run = write_config(tmp_path / "config.yaml", overlay(values, jobs=2)), tmp_path / "disturbed"
     command = [sys.executable, "-m", "deepfusion.cli", "run", str(config), "--out", str(run)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: a lone training takes all threads there are
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=one_thread)
     assert process.stderr is not None
     for line in process.stderr:  # ends when the last worker has gone
         if line.startswith("[device bank"):
             os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert "[device] done" not in (run / "log.txt").read_text("utf-8")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=one_thread)
     assert done.returncode == 0, done.stderr
     assert digests(run, *WEIGHTS) == digests(tmp_path / "undisturbed", *WEIGHTS)
 

@@ -1,0 +1,115 @@
+"""Public text: every document finds the proxy that knows it, samples stay with theirs, files keep everything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import overlay, sentences, small_settings, write_config, write_rows
+from deepfusion.config import Config, load_config
+from deepfusion.corpus import Document, assign_teachers, build_corpus, read_corpus, sample_texts, write_corpus
+from deepfusion.data import Example, make_splits
+from deepfusion.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def proxies(zoo, tmp_path_factory) -> list[Path]:
+    """Two proxies with tokenizers of their own: one learned finance, the other cooking."""
+    folders = []
+    for domain, name in (("finance", "mini-gpt2"), ("cooking", "mini-llama")):
+        folder = tmp_path_factory.mktemp(domain)
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(zoo[name]), AutoTokenizer.from_pretrained(zoo[name])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+        for row in sentences(domain, 150):
+            ids = tokenizer(row["text"], return_tensors="pt").input_ids
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.eval().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        folders.append(folder)
+    return folders
+
+
+def config(zoo: dict[str, Path], folder: Path, public: list[str]) -> Config:
+    values = overlay(small_settings(zoo, folder), data={"public": public, "sampled_documents": 5, "generic": []})
+    return load_config(write_config(folder / "config.yaml", values))
+
+
+def test_teacher_is_the_proxy_that_knows_the_text(zoo, proxies, tmp_path):
+    documents = [
+        Document(Example("", row["text"], "?"), "public")
+        for domain in ("finance", "cooking")
+        for row in sentences(domain, 10, seed=7)
+    ]
+    found = assign_teachers(documents, proxies, "fp32", config(zoo, tmp_path, ["in_domain"]))
+    assert [document.teacher for document in found] == [0] * 10 + [1] * 10
+    assert [(d.example, d.source) for d in found] == [(d.example, d.source) for d in documents]
+
+
+def test_known_teachers_are_kept(zoo, proxies, tmp_path):
+    cooking = Example("", sentences("cooking", 1)[0]["text"], "?")
+    documents = [Document(cooking, "sampled", 0), Document(cooking, "public")]
+    found = assign_teachers(documents, proxies, "fp32", config(zoo, tmp_path, ["in_domain"]))
+    assert [document.teacher for document in found] == [0, 1]
+
+
+def test_samples_know_their_proxy_and_are_drawn_once(zoo, proxies, tmp_path):
+    settings = config(zoo, tmp_path, ["sampled"])
+    found = build_corpus(settings, make_splits(settings), proxies, "fp32", tmp_path)
+    assert {document.source for document in found} == {"sampled"}
+    for number in (0, 1):
+        texts = json.loads((tmp_path / f"sampled-{number}.json").read_text("utf-8"))
+        own = "".join(document.example.text for document in found if document.teacher == number)
+        assert len(texts) == 5
+        assert own == "".join(texts)
+    (tmp_path / "sampled-1.json").write_text(json.dumps(["kept from an earlier attempt"]))
+    again = build_corpus(settings, make_splits(settings), proxies, "fp32", tmp_path)
+    assert [d.example.text for d in again if d.teacher == 1] == ["kept from an earlier attempt"]
+
+
+def test_samples_are_of_the_domain_and_follow_the_seed(proxies):
+    first, second, other = (sample_texts(proxies[0], 6, 96, seed, "fp32") for seed in (1, 1, 2))
+    assert first == second != other
+    assert any(word in text for text in first for word in ("bank", "bond", "fund", "shares", "gold", "lender"))
+
+
+def test_mixture_is_cut_into_windows(zoo, proxies, tmp_path):
+    long = write_rows(tmp_path / "long.jsonl", [{"text": " ".join(row["text"] for row in sentences("cooking", 5))}])
+    settings = config(zoo, tmp_path, ["in_domain", str(long), "sampled"])
+    splits = make_splits(settings)
+    found = build_corpus(settings, splits, proxies, "fp32", tmp_path)
+    assert all(len(document.example.text) <= settings.data.max_chars for document in found)
+    public = "".join(document.example.text for document in found if document.source == "public")
+    assert "".join(example.text for example in splits.public if not example.prompt)[:50] in public
+    assert all(example.text not in public for example in splits.test)
+    assert all(document.teacher in (0, 1) for document in found)
+
+
+def test_no_text_at_all(zoo, proxies, tmp_path):
+    settings = config(zoo, tmp_path, ["generic"])
+    with pytest.raises(InputError, match="no-public-text"):
+        build_corpus(settings, make_splits(settings), proxies, "fp32", tmp_path)
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+DOCUMENTS = st.builds(
+    Document,
+    st.builds(Example, TEXT, TEXT, TEXT),
+    st.sampled_from(["public", "generic", "sampled"]),
+    st.none() | st.integers(0, 99),
+)
+
+
+@given(st.lists(DOCUMENTS, max_size=5))
+def test_round_trip(tmp_path_factory, documents):
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    write_corpus(documents, path)
+    assert read_corpus(path) == documents
+    assert [file.name for file in path.parent.iterdir()] == ["corpus.jsonl"]
