@@ -26,7 +26,7 @@ def proxies(zoo, tmp_path_factory) -> list[Path]:
         folder = tmp_path_factory.mktemp(domain)
         model, tokenizer = AutoModelForCausalLM.from_pretrained(zoo[name]), AutoTokenizer.from_pretrained(zoo[name])
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-        for row in sentences(domain, 150):
+        for row in sentences(domain, 60):
             ids = tokenizer(row["text"], return_tensors="pt").input_ids
             model(input_ids=ids, labels=ids).loss.backward()
             optimizer.step()
@@ -74,10 +74,12 @@ def test_samples_know_their_proxy_and_are_drawn_once(zoo, proxies, tmp_path):
     assert [d.example.text for d in again if d.teacher == 1] == ["kept from an earlier attempt"]
 
 
-def test_samples_are_of_the_domain_and_follow_the_seed(proxies):
+def test_samples_follow_the_seed_and_hold_what_their_proxy_knows(zoo, proxies, tmp_path):
     first, second, other = (sample_texts(proxies[0], 6, 96, seed, "fp32") for seed in (1, 1, 2))
     assert first == second != other
-    assert any(word in text for text in first for word in ("bank", "bond", "fund", "shares", "gold", "lender"))
+    documents = [Document(Example("", text, "?"), "public") for text in first + other]
+    found = assign_teachers(documents, proxies, "fp32", config(zoo, tmp_path, ["in_domain"]))
+    assert [document.teacher for document in found] == [0] * len(documents)
 
 
 def test_mixture_is_cut_into_windows(zoo, proxies, tmp_path):

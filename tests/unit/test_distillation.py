@@ -1,0 +1,148 @@
+"""One training step against its parts: each text with its own teacher, gradients where they belong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from conftest import sentences
+from deepfusion.config import VAASection
+from deepfusion.corpus import Document
+from deepfusion.data import Example, encode
+from deepfusion.distillation import Collator, Distiller, LossWeights, Teacher
+from deepfusion.models import load_model, load_tokenizer
+
+CPU = torch.device("cpu")
+VAA = VAASection(patches=8, width=8, heads=2)
+
+
+def documents(*teachers: int | None) -> list[Document]:
+    """Texts of different lengths, some with a prompt."""
+    rows = [row["text"] for domain in ("finance", "cooking") for row in sentences(domain, 3)]
+    examples = [Example(row[:cut], row[cut : cut + 50], "d") for row, cut in zip(rows, (0, 10, 0, 25, 3, 0), strict=True)]
+    return [Document(example, "public", teacher) for example, teacher in zip(examples, teachers, strict=False)]
+
+
+@pytest.fixture(scope="module")
+def student_folder(zoo) -> Path:
+    return zoo["qwen3_moe"]
+
+
+def distiller(
+    folder: Path, teachers: dict[int, Path], weights: LossWeights, vaa: VAASection | None = None
+) -> tuple[Distiller, Collator]:
+    tokenizer = load_tokenizer(folder)
+    guides = {number: Teacher(path, tokenizer, "fp32", CPU) for number, path in teachers.items()}
+    module = Distiller(load_model(folder), weights, guides, vaa).eval()
+    return module, Collator(tokenizer, guides, 0.5, 128, vaa)
+
+
+def step(module: Distiller, collator: Collator, batch: list[Document]) -> dict[str, Any]:
+    return module(**collator(batch))
+
+
+def test_cross_entropy_alone_is_the_weighted_mean_over_tokens(student_folder):
+    module, collator = distiller(student_folder, {}, LossWeights())
+    batch = documents(None, None, None, None)
+    found = step(module, collator, batch)
+    total, weight = torch.tensor(0.0), 0.0
+    for document in batch:
+        encoded = encode(collator.tokenizer, document.example, 0.5)
+        ids = torch.tensor(encoded.input_ids)[None]
+        losses = F.cross_entropy(module.student(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+        target_weights = torch.tensor(encoded.weights[1:])
+        total, weight = total + (losses * target_weights).sum(), weight + float(target_weights.sum())
+    torch.testing.assert_close(found["loss"], total / weight)
+    torch.testing.assert_close(found["ce"], found["loss"])
+    assert int(found["tokens"]) == sum(len(encode(collator.tokenizer, d.example).input_ids) for d in batch)
+
+
+def test_a_teacher_equal_to_the_student_leaves_no_divergence(student_folder):
+    module, collator = distiller(student_folder, {0: student_folder}, LossWeights(beta=1.0, chunk=1.0))
+    found = step(module, collator, documents(0, 0, 0))
+    assert found["kl"].abs() < 1e-5
+    torch.testing.assert_close(found["loss"], found["ce"], atol=1e-4, rtol=0)
+
+
+def test_loss_is_the_weighted_sum_of_its_parts(zoo, student_folder):
+    weights = LossWeights(ce=0.5, alpha=0.2, beta=2.0, chunk=0.3, temperature=2.0)
+    module, collator = distiller(student_folder, {0: zoo["mini-gpt2"], 1: zoo["mini-llama"]}, weights, VAA)
+    found = step(module, collator, documents(0, 1, 0, 1))
+    parts = 0.5 * found["ce"] + 0.2 * found["feature"] + 2 * found["kl"] + 0.3 * found["chunk"]
+    torch.testing.assert_close(found["loss"], parts)
+    assert found["kl"] > 0
+    assert found["feature"] > 0
+
+
+@pytest.mark.parametrize("vaa", [None, VAA], ids=["logits", "logits and features"])
+def test_mixed_batch_is_the_mean_of_its_groups(zoo, student_folder, vaa):
+    """Every text is compared with its own teacher, whatever else the batch holds; a text without a teacher with none."""
+    weights = LossWeights(beta=1.0, chunk=0.1, alpha=0.1 if vaa else 0.0)
+    module, collator = distiller(student_folder, {0: zoo["mini-gpt2"], 1: zoo["mini-llama"]}, weights, vaa)
+    batch = documents(0, 1, None, 1, 0, 7)
+    whole = step(module, collator, batch)
+    mean: dict[str, torch.Tensor] = {}
+    shares = 0.0
+    for wanted in ([0], [1], [None, 7]):
+        part = [document for document in batch if document.teacher in wanted]
+        share = float(sum(encode(collator.tokenizer, d.example, 0.5).weights[1:].sum() for d in part))
+        shares += share
+        for key, value in step(module, collator, part).items():
+            mean[key] = mean.get(key, torch.tensor(0.0)) + share * value
+    for key in ("loss", "ce", "kl", "chunk", *(["feature"] if vaa else [])):
+        torch.testing.assert_close(whole[key], mean[key] / shares, atol=1e-4, rtol=1e-4)
+
+
+def test_only_student_and_attention_are_trained(zoo, student_folder):
+    module, collator = distiller(student_folder, {0: zoo["mini-gpt2"]}, LossWeights(alpha=1.0, beta=1.0), VAA)
+    names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    assert {name.split(".")[0] for name in names} == {"student", "vaa"}
+    step(module, collator, documents(0, 0))["loss"].backward()
+    assert all(p.grad is None for p in module.teachers[0].model.parameters())
+    lost = [name for name, p in module.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert lost == []
+
+
+def test_distillation_moves_the_student_towards_its_teacher(zoo, student_folder):
+    module, collator = distiller(student_folder, {0: zoo["mini-bloom"]}, LossWeights(ce=0.0, beta=1.0))
+    batch = collator(documents(0, 0, 0, 0))
+    optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
+    divergences = []
+    for _ in range(15):
+        loss = module(**batch)["loss"]
+        divergences.append(float(loss))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert divergences[-1] < 0.5 * divergences[0]
+
+
+def test_seed_decides_how_attention_starts(zoo, student_folder):
+    tokenizer = load_tokenizer(student_folder)
+    teacher = {0: Teacher(zoo["mini-gpt2"], tokenizer, "fp32", CPU)}
+    starts = [Distiller(load_model(student_folder), LossWeights(), teacher, VAA, seed).vaa.state_dict() for seed in (1, 1, 2)]
+    assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
+    assert any(not torch.equal(starts[0][name], starts[2][name]) for name in starts[0])
+
+
+def test_contexts_limit_what_is_read(zoo, student_folder):
+    """A text longer than the contexts of both models is cut, not refused."""
+    module, collator = distiller(student_folder, {0: zoo["mini-gpt2"], 1: student_folder}, LossWeights(beta=1.0, alpha=0.1), VAA)
+    long = " ".join(row["text"] for row in sentences("cooking", 40))
+    for teacher in (0, 1):
+        found = step(module, collator, [Document(Example("", long, "d"), "public", teacher), *documents(teacher)])
+        assert found["loss"].isfinite()
+        assert int(found["tokens"]) <= 256
+
+
+def test_padding_changes_nothing(zoo, student_folder):
+    module, collator = distiller(student_folder, {0: zoo["mini-llama"]}, LossWeights(beta=1.0, chunk=0.1))
+    short, other = documents(0, 0)
+    alone = [step(module, collator, [document]) for document in (short, other)]
+    weights = [float(encode(collator.tokenizer, d.example, 0.5).weights[1:].sum()) for d in (short, other)]
+    both = step(module, collator, [short, other])
+    torch.testing.assert_close(both["ce"], (alone[0]["ce"] * weights[0] + alone[1]["ce"] * weights[1]) / sum(weights))
