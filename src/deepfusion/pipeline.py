@@ -136,6 +136,7 @@ def run(
             entry = manifest["stages"].get(stage.name, {})
             fresh = entry.get("status") == "done" and entry.get("key") == key and not redo
             if fresh and stage.name not in _REDONE and all((out / path).exists() for path in stage.outputs):
+                shutil.rmtree(out / ".work" / stage.name, ignore_errors=True)  # of a run that was killed while it cleaned up
                 progress.say(f"[{stage.name}] unchanged, done in {progress.duration(entry['seconds'])} before")
             else:
                 _run_stage(stage, config, out, key, manifest, redo=stage.name == first)

@@ -102,6 +102,7 @@ def test_killed_at_random_moments(values, nursery, tmp_path):
     assert kills >= 6
     assert "continues at step" in (run / "log.txt").read_text("utf-8")
     assert digests(run, *WEIGHTS) == digests(tmp_path / "undisturbed", *WEIGHTS)
+    assert not list((run / ".work").iterdir())
     assert {entry["status"] for entry in read_manifest(run)["stages"].values()} == {"done"}
 
 
