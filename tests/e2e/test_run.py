@@ -80,7 +80,7 @@ def test_every_artefact_is_there(run, values):
     for name in ("proxies/0", "proxies/1", "proxies/2", "bases/0", "bases/1", "bases/2", "moe/merged", "moe/final"):
         kept = {path.name for path in (run / name).iterdir()}
         assert {"config.json", "tokenizer.json", "README.md", "model.safetensors"} <= kept, name
-        assert (run / name / "README.md").read_text("utf-8").count("# ") == 1
+        assert any(line.startswith("# ") for line in (run / name / "README.md").read_text("utf-8").splitlines())
     assert [path.name for path in (run / ".work").iterdir()] == []
 
 

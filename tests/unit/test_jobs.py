@@ -44,10 +44,15 @@ def test_workers_keep_the_order_and_pass_errors_on():
         assert {row["threads"] for row in found} == {1}
         with pytest.raises(InputError, match=r"job 1: no good; allowed: any other; fix: take another \[bad-job\]"):
             jobs.run_jobs(fail, [{"number": i} for i in range(3)], 2)
-        assert jobs.run_jobs(fail, [{"number": 5}], 2) == [5]  # the pool comes back after an error
+        again = jobs.run_jobs(describe, [{"number": i} for i in range(2)], 2)  # a new pool after an error
+        workers = [psutil.Process(row["process"]) for row in again]
     finally:
         jobs.close_pool()
-    assert not [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
+
+
+def test_a_single_job_stays_in_this_process():
+    assert jobs.run_jobs(describe, [{"number": 5}], 2)[0]["process"] == os.getpid()
 
 
 def test_errors_without_workers():
