@@ -46,21 +46,13 @@ def line_chart(series: Mapping[str, Sequence[Point]], title: str, x_label: str, 
         x, y = place(tick, y_ticks[0])
         parts.append(_text(x, y + 15, f"{tick:g}", "tick middle"))
     parts.append(_text((left + width) / 2, height - 8, x_label, "tick middle"))
-    parts.append(
-        Markup('<text class="tick middle" transform="translate(12 {}) rotate(-90)">{}</text>').format(
-            height / 2, y_label
-        )
-    )
+    parts.append(Markup('<text class="tick middle" transform="translate(12 {}) rotate(-90)">{}</text>').format(height / 2, y_label))
     for index, (name, line) in enumerate(series.items()):
         if len(line) == 1:
-            parts.append(
-                Markup('<circle cx="{:.1f}" cy="{:.1f}" r="3" fill="{}"/>').format(*place(*line[0]), colour(index))
-            )
+            parts.append(Markup('<circle cx="{:.1f}" cy="{:.1f}" r="3" fill="{}"/>').format(*place(*line[0]), colour(index)))
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
         parts.append(
-            Markup('<polyline points="{}" stroke="{}" class="line"><title>{}</title></polyline>').format(
-                path, colour(index), name
-            )
+            Markup('<polyline points="{}" stroke="{}" class="line"><title>{}</title></polyline>').format(path, colour(index), name)
         )
     named = list(series) if len(series) <= MOST_NAMED else []
     return _figure(width, height, parts, title) + legend(named)

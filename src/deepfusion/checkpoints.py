@@ -83,9 +83,7 @@ class TensorReader:
         """Stored dtype of the tensor `name`, without reading its data."""
         code = self._handle(name).get_slice(name).get_dtype()
         if code not in _DTYPES:
-            raise InputError(
-                f"tensor {name} has dtype {code}", where=self.folder, allowed=", ".join(_DTYPES), code="weights-dtype"
-            )
+            raise InputError(f"tensor {name} has dtype {code}", where=self.folder, allowed=", ".join(_DTYPES), code="weights-dtype")
         return _DTYPES[code]
 
     def close(self) -> None:
@@ -96,9 +94,7 @@ class TensorReader:
     def __enter__(self) -> TensorReader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def _shard_names(self) -> list[str]:
@@ -106,14 +102,10 @@ class TensorReader:
             try:
                 files = set(json.loads((self.folder / INDEX).read_text())["weight_map"].values())
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise InputError(
-                    "the weight index cannot be read", where=self.folder / INDEX, code="weights-index"
-                ) from error
+                raise InputError("the weight index cannot be read", where=self.folder / INDEX, code="weights-index") from error
             # An index comes from others: it must not reach outside of its folder.
             if not files or any(not isinstance(f, str) or Path(f).name != f or f in (".", "..") for f in files):
-                raise InputError(
-                    "the weight index names no plain file", where=self.folder / INDEX, code="weights-index"
-                )
+                raise InputError("the weight index names no plain file", where=self.folder / INDEX, code="weights-index")
             return sorted(files)
         if (self.folder / WEIGHTS).is_file():
             return [WEIGHTS]
@@ -131,9 +123,7 @@ class TensorReader:
         try:
             return safe_open(str(path), framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"not a readable safetensors file ({error})", where=path, code="weights-damaged"
-            ) from error
+            raise InputError(f"not a readable safetensors file ({error})", where=path, code="weights-damaged") from error
 
     def _handle(self, name: str) -> safe_open:
         if name not in self._file_of:
@@ -188,9 +178,7 @@ class TensorWriter:
     def __enter__(self) -> TensorWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None:
             self.close()
         else:

@@ -278,9 +278,7 @@ def partition(
     return [[examples[index] for index in sorted(part)] for part in parts]
 
 
-def _by_domain(
-    groups: list[list[int]], devices: int, alpha: float, least: int, generator: np.random.Generator
-) -> list[list[int]]:
+def _by_domain(groups: list[list[int]], devices: int, alpha: float, least: int, generator: np.random.Generator) -> list[list[int]]:
     groups = sorted(groups, key=len, reverse=True)
     large = [group for group in groups if len(group) >= least][:devices] or groups[:devices]
     # Largest remainder, each domain at least one device.

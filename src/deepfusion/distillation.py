@@ -110,9 +110,7 @@ class Collator:
         else:
             alignments = [align_offsets(e.offsets, t.offsets) for e, t in zip(own, theirs, strict=True)]
         teacher_ids, teacher_mask = _pad([t.input_ids for t in theirs], guide.tokenizer)
-        group = Group(
-            teacher, index, collate(alignments, weights, length, teacher_ids.shape[1]), teacher_ids, teacher_mask
-        )
+        group = Group(teacher, index, collate(alignments, weights, length, teacher_ids.shape[1]), teacher_ids, teacher_mask)
         if self.vaa is not None:
             spans = self.vaa.patches // self.vaa.stages
             covered = [min(_end(e), _end(t)) for e, t in zip(own, theirs, strict=True)]

@@ -104,9 +104,7 @@ class MoELayout:
         object.__setattr__(self, "dense_layers", tuple(sorted(set(self.dense_layers))))
         _check_family(self.family)
         if not 1 <= self.top_k <= self.experts:
-            raise InputError(
-                f"top_k={self.top_k}", where="top_k", allowed=f"1..{self.experts} (experts)", code="layout-top-k"
-            )
+            raise InputError(f"top_k={self.top_k}", where="top_k", allowed=f"1..{self.experts} (experts)", code="layout-top-k")
         if self.split < 1:
             raise InputError(f"split={self.split}", where="merge.split", allowed="1 or more", code="layout-split")
         if self.shared not in ("none", "zero", "average"):
@@ -117,13 +115,9 @@ class MoELayout:
                 code="layout-shared",
             )
         if self.family == "qwen3_moe" and self.shared != "none":
-            raise InputError(
-                "qwen3_moe has no shared expert", where="merge.shared_expert", allowed="none", code="layout-shared"
-            )
+            raise InputError("qwen3_moe has no shared expert", where="merge.shared_expert", allowed="none", code="layout-shared")
         if self.family == "deepseek_v3" and self.routed == 1:
-            raise InputError(
-                "deepseek_v3 needs two routed experts", where="experts", allowed="2 or more", code="layout-experts"
-            )
+            raise InputError("deepseek_v3 needs two routed experts", where="experts", allowed="2 or more", code="layout-experts")
 
     @property
     def routed(self) -> int:
@@ -239,14 +233,10 @@ def merge_tensors(
     config = moe_config(base_config, layout)
     layers, hidden = base_config.num_hidden_layers, base_config.hidden_size
     if len(readers) != layout.experts:
-        raise InputError(
-            f"{len(readers)} bases", where="bases", allowed=f"{layout.experts} (experts)", code="bases-count"
-        )
+        raise InputError(f"{len(readers)} bases", where="bases", allowed=f"{layout.experts} (experts)", code="bases-count")
     check_same_tensors(readers)
     if router is None:
-        router = (
-            torch.randn(layers, layout.experts, hidden, generator=torch.Generator().manual_seed(seed)) * _ROUTER_STD
-        )
+        router = torch.randn(layers, layout.experts, hidden, generator=torch.Generator().manual_seed(seed)) * _ROUTER_STD
     if tuple(router.shape) != (layers, layout.experts, hidden):
         raise InputError(
             f"router of shape {tuple(router.shape)}",
@@ -356,9 +346,7 @@ def export_deepseek_v1(moe_folder: Path | str, out: Path | str) -> None:
             tensor = reader.get(name)
             if name.endswith(".shared_expert_gate.weight"):
                 if tensor.any():
-                    raise InputError(
-                        "the shared expert's gate was trained", where=name, fix="keep it frozen", code="export-gate"
-                    )
+                    raise InputError("the shared expert's gate was trained", where=name, fix="keep it frozen", code="export-gate")
             elif tensor.numel():
                 halve = name.endswith(".shared_expert.down_proj.weight")  # the gate's sigmoid(0) is gone
                 writer.add(name.replace(".shared_expert.", ".shared_experts."), tensor * 0.5 if halve else tensor)
@@ -391,9 +379,7 @@ def _deepseek_v1_config(config: PretrainedConfig) -> dict[str, object]:
 
 def _check_family(family: str) -> None:
     if family not in FAMILIES:
-        raise InputError(
-            f"unknown family {family!r}", where="family", allowed=", ".join(FAMILIES), code="family-unknown"
-        )
+        raise InputError(f"unknown family {family!r}", where="family", allowed=", ".join(FAMILIES), code="family-unknown")
 
 
 def _is_dense_qwen_layer(config: PretrainedConfig, layer: int) -> bool:
@@ -429,9 +415,7 @@ def _check_sizes(base_config: PretrainedConfig, layout: MoELayout) -> int:
     return inner // layout.split
 
 
-def _expert_tensors(
-    layout: MoELayout, readers: Sequence[TensorReader], name: str, width: int
-) -> Iterator[tuple[str, Tensor]]:
+def _expert_tensors(layout: MoELayout, readers: Sequence[TensorReader], name: str, width: int) -> Iterator[tuple[str, Tensor]]:
     """One projection of the routed experts, [width, hidden] or [hidden, width] each, and of the shared expert."""
     found = _FFN.fullmatch(name)
     assert found is not None

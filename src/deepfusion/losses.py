@@ -84,9 +84,7 @@ def distillation_losses(
     assert teacher_ids is not None
     assert vocabulary is not None
     comparison = Comparison(teacher, batch.teacher_index, vocabulary, temperature)
-    ce, kl, accuracy, log_probs = cross_entropy_and_kl(
-        student, batch.student_index, targets, batch.weights, comparison=comparison
-    )
+    ce, kl, accuracy, log_probs = cross_entropy_and_kl(student, batch.student_index, targets, batch.weights, comparison=comparison)
     if not len(batch.chunk_weights):
         return TokenLosses(ce, kl, torch.zeros_like(kl), accuracy)
     with torch.no_grad():
@@ -236,9 +234,7 @@ def _ratio(total: Tensor, weights: Tensor) -> Tensor:
     return total / weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def chunk_likelihood(
-    batch: AlignedBatch, student_log_probs: Tensor, teacher_log_probs: Tensor, temperature: float = 1.0
-) -> Tensor:
+def chunk_likelihood(batch: AlignedBatch, student_log_probs: Tensor, teacher_log_probs: Tensor, temperature: float = 1.0) -> Tensor:
     """Approximate likelihood matching (Minixhofer, Vulić & Ponti 2025): both find each chunk of text as likely.
 
     For a chunk with probability p (the product of its tokens'), `KL(Bernoulli(p_T^(1/t)) || Bernoulli(p_S^(1/t)))`.
@@ -266,9 +262,7 @@ def _log1mexp(x: Tensor) -> Tensor:
     """`log(1 - exp(x))` for x < 0, accurate at both ends (Maechler 2012)."""
     near = x > -0.6931471805599453
     # Each branch sees a harmless value where the other is taken: the gradient of an unused infinity would be nan.
-    return torch.where(
-        near, (-torch.expm1(x.masked_fill(~near, -1.0))).log(), torch.log1p(-x.masked_fill(near, -1.0).exp())
-    )
+    return torch.where(near, (-torch.expm1(x.masked_fill(~near, -1.0))).log(), torch.log1p(-x.masked_fill(near, -1.0).exp()))
 
 
 def load_balance(

@@ -43,9 +43,7 @@ def tokenizer(kind: str) -> PreTrainedTokenizerFast:
         backend.normalizer = normalizers.NFKC()
         backend.pre_tokenizer = pre_tokenizers.Metaspace()
         backend.decoder = decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(
-            vocab_size=100, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
-        )
+        trainer = trainers.UnigramTrainer(vocab_size=100, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False)
     else:
         backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
         if kind == "llama":
@@ -215,9 +213,7 @@ def test_space_marks_and_byte_tokens_are_paired() -> None:
 
 def test_same_tokenizer_is_identical_whatever_its_run_time_settings() -> None:
     one = tokenizer("gpt2")
-    copy = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(one.backend_tokenizer.to_str()), eos_token="</s>"
-    )
+    copy = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(one.backend_tokenizer.to_str()), eos_token="</s>")
     copy.backend_tokenizer.enable_truncation(5)
     shared = shared_vocabulary(one, copy)
     assert shared.identical
@@ -245,9 +241,7 @@ def test_token_weight_is_that_of_its_last_character() -> None:
 def test_collated_positions_are_the_counted_ones(documents: list[tuple[str, int]], kinds: tuple[str, str]) -> None:
     student = [offsets(kinds[0], text) for text, _ in documents]
     teacher = [offsets(kinds[1], text) for text, _ in documents]
-    weights = [
-        token_weights(o, np.arange(len(text)) >= prompt) for o, (text, prompt) in zip(student, documents, strict=True)
-    ]
+    weights = [token_weights(o, np.arange(len(text)) >= prompt) for o, (text, prompt) in zip(student, documents, strict=True)]
     alignments = [align_offsets(s, t) for s, t in zip(student, teacher, strict=True)]
     s_length, t_length = max(map(len, student)), max(map(len, teacher))
     batch = collate(alignments, weights, s_length, t_length)

@@ -105,9 +105,7 @@ def test_index_cannot_reach_outside_of_its_folder(tmp_path, file):
 
 
 @QUICK
-@given(
-    text=st.text(max_size=30) | st.sampled_from(["[]", "{}", "1", '{"weight_map": []}', '{"weight_map": {"a": [1]}}'])
-)
+@given(text=st.text(max_size=30) | st.sampled_from(["[]", "{}", "1", '{"weight_map": []}', '{"weight_map": {"a": [1]}}']))
 def test_any_broken_index_is_an_input_error(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(InputError):

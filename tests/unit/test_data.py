@@ -118,10 +118,7 @@ def test_alpha_sets_how_uneven_devices_are() -> None:
 
     assert spread("random_uneven", 0.3) > spread("random_uneven", 3) > spread("random_uneven", 300)
     skewed, even = (partition(three_domains(), 10, "dirichlet", alpha, 0) for alpha in (0.05, 1000))
-    share = [
-        np.mean([max(Counter(e.domain for e in part).values()) / len(part) for part in parts])
-        for parts in (skewed, even)
-    ]
+    share = [np.mean([max(Counter(e.domain for e in part).values()) / len(part) for part in parts]) for parts in (skewed, even)]
     assert share[0] > share[1] + 0.1
 
 
@@ -129,9 +126,7 @@ def test_alpha_sets_how_uneven_devices_are() -> None:
 
 
 def documents(path: Path, name: str, count: int, start: int = 0) -> str:
-    write_jsonl(
-        [Example("", f"{name} document number {n}", name) for n in range(start, start + count)], path / f"{name}.jsonl"
-    )
+    write_jsonl([Example("", f"{name} document number {n}", name) for n in range(start, start + count)], path / f"{name}.jsonl")
     return str(path / f"{name}.jsonl")
 
 
@@ -204,11 +199,7 @@ def test_listed_devices_share_their_sources_unevenly(tmp_path: Path) -> None:
 def test_a_test_file_is_taken_out_of_everything(tmp_path: Path) -> None:
     source = documents(tmp_path, "alpha", 100)
     public, generic = documents(tmp_path, "public", 50), documents(tmp_path, "generic", 50)
-    seen = [
-        Example("", f"{name.upper()}  document number {n}", "t")
-        for name in ("alpha", "public", "generic")
-        for n in range(10)
-    ]
+    seen = [Example("", f"{name.upper()}  document number {n}", "t") for name in ("alpha", "public", "generic") for n in range(10)]
     write_jsonl(seen, tmp_path / "test.jsonl")
     data = {
         "private": source,
@@ -228,9 +219,7 @@ def test_no_window_of_a_test_document_reaches_a_device_or_the_server(tmp_path: P
     write_jsonl(long, tmp_path / "long.jsonl")
     splits = split({"private": str(tmp_path / "long.jsonl")})
     others = [e for parts in (splits.private, splits.held_out) for part in parts.values() for e in part] + splits.public
-    assert not {w.text for e in splits.test for w in windows(e, 128)} & {
-        w.text for e in others for w in windows(e, 128)
-    }
+    assert not {w.text for e in splits.test for w in windows(e, 128)} & {w.text for e in others for w in windows(e, 128)}
     assert overlap(splits.test, others) == 0.0
 
 

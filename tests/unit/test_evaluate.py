@@ -118,18 +118,14 @@ def test_best_device_and_members_are_the_best(inputs: dict[str, Path], files: li
 def test_comparison_is_taken_over_domains(inputs: dict[str, Path], files: list[Path], tmp_path: Path) -> None:
     found = _evaluation(_config(files), inputs, tmp_path / "out")
     moe, comparison = found["moe"], found["comparison"]
-    difference = (
-        moe["mean_over_domains"]["log_perplexity"] - found["references"]["base"]["mean_over_domains"]["log_perplexity"]
-    )
+    difference = moe["mean_over_domains"]["log_perplexity"] - found["references"]["base"]["mean_over_domains"]["log_perplexity"]
     assert comparison["moe_minus_base"]["log_perplexity"] == pytest.approx(difference)
     proxies = [proxy["bits_per_byte"] for proxy in found["references"]["proxies"].values()]
     ratio = moe["mean_over_domains"]["bits_per_byte"] / (sum(proxies) / 2)
     assert comparison["bits_per_byte_ratio_to_proxies"] == pytest.approx(ratio)
 
 
-def test_adapter_is_measured_on_the_base_of_its_card(
-    tmp_path: Path, files: list[Path], inputs: dict[str, Path]
-) -> None:
+def test_adapter_is_measured_on_the_base_of_its_card(tmp_path: Path, files: list[Path], inputs: dict[str, Path]) -> None:
     base = tmp_path / "base-of-d03"
     shutil.rmtree(inputs["uploads"] / "d03")
     meant = save_adapter_upload(inputs["uploads"] / "d03", base, seed=4)
@@ -161,12 +157,8 @@ def test_worker_processes_change_nothing(inputs: dict[str, Path], files: list[Pa
     assert one == two
 
 
-def test_uploads_from_elsewhere_are_tried_on_every_domain(
-    inputs: dict[str, Path], files: list[Path], tmp_path: Path
-) -> None:
-    test = [
-        Example("", f"{word} and more {i}", domain) for domain, words in DOMAINS.items() for i, word in enumerate(words)
-    ]
+def test_uploads_from_elsewhere_are_tried_on_every_domain(inputs: dict[str, Path], files: list[Path], tmp_path: Path) -> None:
+    test = [Example("", f"{word} and more {i}", domain) for domain, words in DOMAINS.items() for i, word in enumerate(words)]
     write_jsonl(test, tmp_path / "test.jsonl")
     config = parse_config({"jobs": 1, "precision": "fp32", "data": {"test": str(tmp_path / "test.jsonl")}})
     found = _evaluation(config, inputs, tmp_path / "out")
@@ -174,9 +166,7 @@ def test_uploads_from_elsewhere_are_tried_on_every_domain(
     assert set(found["references"]["devices"]) == set(DOMAINS)
     for proxy in found["references"]["proxies"].values():
         assert set(proxy["by_domain"]) == set(DOMAINS)
-        assert proxy["by_domain"][proxy["domain"]]["bits_per_byte"] == min(
-            v["bits_per_byte"] for v in proxy["by_domain"].values()
-        )
+        assert proxy["by_domain"][proxy["domain"]]["bits_per_byte"] == min(v["bits_per_byte"] for v in proxy["by_domain"].values())
 
 
 def test_absent_inputs_are_null(inputs: dict[str, Path], files: list[Path], tmp_path: Path) -> None:
@@ -193,8 +183,6 @@ def test_absent_inputs_are_null(inputs: dict[str, Path], files: list[Path], tmp_
 def test_cap_takes_documents_of_every_domain(inputs: dict[str, Path], files: list[Path], tmp_path: Path) -> None:
     config = _config(files, evaluate={"max_documents": 3})
     found = _evaluation(config, {"moe": inputs["moe"]}, tmp_path / "out")
-    assert {domain: values["examples"] for domain, values in found["moe"]["by_domain"].items()} == dict.fromkeys(
-        DOMAINS, 3
-    )
+    assert {domain: values["examples"] for domain, values in found["moe"]["by_domain"].items()} == dict.fromkeys(DOMAINS, 3)
     again = _evaluation(config, {"moe": inputs["moe"]}, tmp_path / "again")
     assert again == found

@@ -85,9 +85,7 @@ def random_base(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(
-                1 + 0.2 * torch.randn_like(parameter) if "norm" in name else 0.1 * torch.randn_like(parameter)
-            )
+            parameter.copy_(1 + 0.2 * torch.randn_like(parameter) if "norm" in name else 0.1 * torch.randn_like(parameter))
     return model
 
 
@@ -130,9 +128,7 @@ def layouts(family: str) -> list[MoELayout]:
 @pytest.mark.parametrize("layout", [layout for family in FAMILIES for layout in layouts(family)], ids=str)
 def test_equal_bases_keep_their_function(bases, tmp_path, layout, prototype):
     models, folders = bases[layout.family]
-    router = (
-        F.normalize(torch.randn(2, K, 32, generator=torch.Generator().manual_seed(3)), dim=-1) if prototype else None
-    )
+    router = F.normalize(torch.randn(2, K, 32, generator=torch.Generator().manual_seed(3)), dim=-1) if prototype else None
     moe = merge(layout, [folders[0]] * K, models[0].config, tmp_path, router)
     with torch.no_grad():
         expected, got = models[0](tokens()).logits, moe(tokens()).logits
@@ -292,9 +288,7 @@ def test_merge_refuses_wrong_numbers_of_bases_and_router_shapes(bases):
 def test_counts_match_the_tensors_written(bases, family, experts, split, data):
     models, folders = bases[family]
     shared = "none" if family == "qwen3_moe" else data.draw(st.sampled_from(["none", "zero", "average"]))
-    layout = MoELayout(
-        family, experts, data.draw(st.integers(1, experts)), split, shared, data.draw(st.sampled_from([(), (0,)]))
-    )
+    layout = MoELayout(family, experts, data.draw(st.integers(1, experts)), split, shared, data.draw(st.sampled_from([(), (0,)])))
     merged = dict(merge_tensors(layout, [TensorReader(folders[0])] * experts, models[0].config, None))
     sizes = {name: tensor.numel() for name, tensor in merged.items() if "e_score_correction_bias" not in name}
     routed = sum(size for name, size in sizes.items() if is_expert_name(name))
@@ -314,9 +308,7 @@ def test_the_layouts_of_qwen_moe_and_deepseek_moe_are_reachable():
     assert parameter_count(config) == parameter_count(published)
     assert 14.3e9 < parameter_count(config)["total"] < 14.4e9
 
-    llama = LlamaConfig(
-        vocab_size=102400, hidden_size=2048, intermediate_size=2816, num_hidden_layers=28, num_attention_heads=16
-    )
+    llama = LlamaConfig(vocab_size=102400, hidden_size=2048, intermediate_size=2816, num_hidden_layers=28, num_attention_heads=16)
     config = moe_config(llama, MoELayout("deepseek", experts=32, top_k=3, split=2, shared="average", dense_layers=(0,)))
     assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (64, 6, 1408)
     assert (config.shared_expert_intermediate_size, config.mlp_only_layers) == (2 * 1408, [0])
@@ -387,9 +379,7 @@ def test_deepseek_v1_export_computes_the_same_block(bases, tmp_path):
     hidden = torch.randn(10, 32)
     with torch.no_grad():
         block = moe.model.layers[1].mlp(hidden[None])[0]
-    torch.testing.assert_close(
-        deepseek_v1_block(hidden, state, "model.layers.1.mlp.", config), block, rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(deepseek_v1_block(hidden, state, "model.layers.1.mlp.", config), block, rtol=1e-5, atol=1e-5)
     assert (tmp_path / "v1" / "tokenizer.json").read_text() == "{}"
 
 

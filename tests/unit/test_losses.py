@@ -28,9 +28,7 @@ def identical(size: int) -> SharedVocabulary:
     return SharedVocabulary(torch.arange(size), torch.arange(size), identical=True)
 
 
-def case(
-    seed: int, scale: float = 1.0
-) -> tuple[Projection, Projection, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def case(seed: int, scale: float = 1.0) -> tuple[Projection, Projection, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Student, teacher, positions, targets, weights, teacher positions."""
     g = torch.Generator().manual_seed(seed)
     student = Projection(

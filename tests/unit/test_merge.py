@@ -37,9 +37,7 @@ def inputs(tmp_path) -> dict[str, Path]:
     for number in range(3):
         torch.manual_seed(number)
         folder = tmp_path / "bases" / str(number)
-        model = AutoModelForCausalLM.from_config(
-            Qwen2Config(**SIZES, num_key_value_heads=2, bos_token_id=1, eos_token_id=7)
-        )
+        model = AutoModelForCausalLM.from_config(Qwen2Config(**SIZES, num_key_value_heads=2, bos_token_id=1, eos_token_id=7))
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         save_file({"prototype": torch.randn(2, 32)}, folder / "prototype.safetensors")
@@ -54,9 +52,7 @@ def test_merged_folder_is_a_plain_checkpoint(inputs, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(merged)
     tokenizer = AutoTokenizer.from_pretrained(merged)
     assert model.config.model_type == "qwen2_moe"
-    assert (
-        (summary["experts"], summary["top_k"]) == (model.config.num_experts, model.config.num_experts_per_tok) == (6, 4)
-    )
+    assert (summary["experts"], summary["top_k"]) == (model.config.num_experts, model.config.num_experts_per_tok) == (6, 4)
     assert summary["total_parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert summary["active_parameters"] == summary["total_parameters"] - 2 * 3 * 32 * 16
     prompt = tokenizer("a dose helps", return_tensors="pt")

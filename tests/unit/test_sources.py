@@ -147,9 +147,7 @@ def test_bad_rows(row: object, code: str) -> None:
 
 @settings(deadline=None)
 @given(
-    JSON
-    | st.fixed_dictionaries({"question": JSON, "options": JSON, "answer": JSON})
-    | st.fixed_dictionaries({"messages": JSON})
+    JSON | st.fixed_dictionaries({"question": JSON, "options": JSON, "answer": JSON}) | st.fixed_dictionaries({"messages": JSON})
 )
 def test_any_json_is_an_example_or_an_input_error(row: object) -> None:
     try:
@@ -161,12 +159,8 @@ def test_any_json_is_an_example_or_an_input_error(row: object) -> None:
 
 
 @settings(deadline=None)
-@given(
-    st.lists(st.builds(Example, TEXT, FILLED, FILLED), min_size=1, max_size=5), st.lists(FILLED, min_size=1, max_size=4)
-)
-def test_jsonl_round_trip_is_exact(
-    tmp_path_factory: pytest.TempPathFactory, examples: list[Example], options: list[str]
-) -> None:
+@given(st.lists(st.builds(Example, TEXT, FILLED, FILLED), min_size=1, max_size=5), st.lists(FILLED, min_size=1, max_size=4))
+def test_jsonl_round_trip_is_exact(tmp_path_factory: pytest.TempPathFactory, examples: list[Example], options: list[str]) -> None:
     path = tmp_path_factory.mktemp("jsonl") / "x.jsonl"
     examples = [*examples, Example("q", options[-1], "d", tuple(options), len(options) - 1)]
     write_jsonl(examples, path)

@@ -21,9 +21,7 @@ def words(*ends: int) -> np.ndarray:
     return np.array([(0, 0), *zip(starts, ends, strict=True), (0, 0)])
 
 
-def inputs(
-    tokens: int = 12, seed: int = 0
-) -> tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor], torch.Tensor]:
+def inputs(tokens: int = 12, seed: int = 0) -> tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor], torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     spans = PATCHES // STAGES
     student, teacher = words(*range(2, 2 * tokens, 2)), words(*range(3, 2 * tokens, 3))
@@ -36,9 +34,7 @@ def inputs(
     )
 
 
-@pytest.mark.parametrize(
-    ("layers", "stages", "ends"), [(6, 3, [2, 4, 6]), (6, 4, [1, 3, 4, 6]), (2, 2, [1, 2]), (5, 1, [5])]
-)
+@pytest.mark.parametrize(("layers", "stages", "ends"), [(6, 3, [2, 4, 6]), (6, 4, [1, 3, 4, 6]), (2, 2, [1, 2]), (5, 1, [5])])
 def test_stage_ends(layers: int, stages: int, ends: list[int]) -> None:
     assert stage_ends(layers, stages) == ends
 
@@ -186,9 +182,7 @@ def test_causal_attention_does_not_see_later_spans() -> None:
     assert (grads[:, 1:3] > 0).all()
 
 
-@pytest.mark.parametrize(
-    ("change", "code"), [({"patches": 7}, "patches-not-divisible"), ({"heads": 3}, "width-not-divisible")]
-)
+@pytest.mark.parametrize(("change", "code"), [({"patches": 7}, "patches-not-divisible"), ({"heads": 3}, "width-not-divisible")])
 def test_bad_sizes_are_user_errors(change: dict, code: str) -> None:
     with pytest.raises(InputError, match=code):
         ViewAlignedAttention(16, 12, **SETTINGS | change)

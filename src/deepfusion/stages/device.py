@@ -67,9 +67,7 @@ def _check_counts(experts: int, devices: list[DeviceSpec]) -> None:
         )  # fmt: skip
 
 
-def train_alone(
-    config: Config, data: Path, upload: Path, type: str | None, memory: str | None, name: str | None
-) -> dict[str, Any]:
+def train_alone(config: Config, data: Path, upload: Path, type: str | None, memory: str | None, name: str | None) -> dict[str, Any]:
     """Train one real device from its own file; what `deepfusion device train` runs.
 
     Args:

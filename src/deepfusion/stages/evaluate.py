@@ -78,8 +78,7 @@ class _Plan:
         held = {entry["device"]: self._held(private.get(entry["device"], [])) for entry in self.devices}
         self.home = {device: _majority(counts) for device, counts in held.items()}
         self.cluster_domain = {
-            cluster["id"]: _majority(sum((held[device] for device in cluster["devices"]), Counter()))
-            for cluster in self.clusters
+            cluster["id"]: _majority(sum((held[device] for device in cluster["devices"]), Counter())) for cluster in self.clusters
         }
         self.folders: dict[str, Path] = {}
         self.wanted: dict[str, list[str]] = {}

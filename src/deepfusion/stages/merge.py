@@ -99,9 +99,7 @@ def _common_config(folders: list[Path]) -> PretrainedConfig:
     configs = []
     for folder in folders:
         if not (folder / "config.json").is_file():
-            raise InputError(
-                "no base checkpoint", where=folder, allowed=f"bases 0..{len(folders) - 1}", code="base-missing"
-            )
+            raise InputError("no base checkpoint", where=folder, allowed=f"bases 0..{len(folders) - 1}", code="base-missing")
         configs.append(AutoConfig.from_pretrained(folder))
     first = configs[0].to_dict()
     for folder, other in zip(folders[1:], configs[1:], strict=True):
@@ -132,16 +130,12 @@ def _prototype_router(folders: list[Path], base_config: PretrainedConfig) -> Ten
     for folder in folders:
         path = folder / "prototype.safetensors"
         if not path.is_file():
-            raise InputError(
-                "no prototype", where=path, fix="redo distill, or set merge.router=random", code="prototype-missing"
-            )
+            raise InputError("no prototype", where=path, fix="redo distill, or set merge.router=random", code="prototype-missing")
         prototypes.append(_read_prototype(path, (base_config.num_hidden_layers, base_config.hidden_size)))
     rows = F.normalize(torch.stack(prototypes, dim=1), dim=-1)
     rows = rows - rows.mean(dim=1, keepdim=True)
     if len(folders) > 1 and not rows.flatten(1).norm(dim=1).gt(1e-6).all():
-        raise InputError(
-            "all prototypes are equal", where=folders[0].parent, fix="set merge.router=random", code="prototype-equal"
-        )
+        raise InputError("all prototypes are equal", where=folders[0].parent, fix="set merge.router=random", code="prototype-equal")
     return rows
 
 

@@ -86,9 +86,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
 
 def render(folder: Path) -> str:
     """The page as HTML; names that came with uploads are escaped."""
-    environment = Environment(
-        loader=PackageLoader("deepfusion", "stages"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(loader=PackageLoader("deepfusion", "stages"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"size": _size, "duration": _duration, "signed": _signed}
     evaluation, manifest = _read(folder / "evaluation.json"), _read(folder / "manifest.json")
     registry, clusters = _read(folder / "registry.json"), _read(folder / "clusters.json")
@@ -177,10 +175,7 @@ def _metric_tables(models: list[Model]) -> list[Json]:
                 rows.append((model, values))
         if not rows:
             continue
-        columns = [
-            [value for value in column if value is not None]
-            for column in zip(*(values for _, values in rows), strict=True)
-        ]
+        columns = [[value for value in column if value is not None] for column in zip(*(values for _, values in rows), strict=True)]
         choose = max if metric.endswith("accuracy") else min
         best = [choose(column) if column else None for column in columns]
         lines = [
@@ -225,9 +220,7 @@ def _similarity(clusters: Json | None) -> Markup | None:
 
 def _devices(registry: Any, clusters: Json | None, transport: Json | None) -> list[Json]:
     """One row per accepted device: what it is, where it was put, what it moved."""
-    placed = {
-        device: cluster["id"] for cluster in (clusters or {}).get("clusters", []) for device in cluster["devices"]
-    }
+    placed = {device: cluster["id"] for cluster in (clusters or {}).get("clusters", []) for device in cluster["devices"]}
     moved = (transport or {}).get("devices", {})
     keys = ("device", "type", "method", "documents", "tokens", "loss_before", "loss_after", "bytes")
     rows = []
@@ -251,9 +244,7 @@ def _curves(path: Path) -> list[Markup]:
             # A resumed training logs some steps again; the later row counts.
             stages.setdefault(str(row.get("stage")), {}).setdefault(str(row.get("unit")), {})[step] = loss
     return [
-        line_chart(
-            {unit: sorted(points.items()) for unit, points in sorted(units.items())}, stage, "step", "training loss"
-        )
+        line_chart({unit: sorted(points.items()) for unit, points in sorted(units.items())}, stage, "step", "training loss")
         for stage, units in stages.items()
     ]
 
@@ -290,11 +281,7 @@ def _facts(config: str | None, registry: Any, manifest: Json | None) -> list[str
 def _lineage(manifest: Json | None) -> list[tuple[str, str, str]]:
     """(stage, artefact, start of its digest) of everything that the finished stages left."""
     stages = (manifest or {}).get("stages") or {}
-    return [
-        (name, path, digest[:16])
-        for name, stage in stages.items()
-        for path, digest in (stage.get("digests") or {}).items()
-    ]
+    return [(name, path, digest[:16]) for name, stage in stages.items() for path, digest in (stage.get("digests") or {}).items()]
 
 
 def _stages(manifest: Json | None) -> list[Json]:

@@ -95,4 +95,3 @@ def tune(
     os.replace(part, out)
     shutil.rmtree(work, ignore_errors=True)
     return {key: value for key, value in history[-1].items() if key != "learning_rate"} if history else {}
-
