@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -241,6 +242,17 @@ def mean_tensor(readers: Sequence[TensorReader], name: str) -> torch.Tensor:
     for reader in readers[1:]:
         shift += reader.get(name).float() - origin
     return (origin + shift / len(readers)).to(first.dtype)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A new folder to write into, which takes the place of `target` when the block ends, and never half-written."""
+    part = target.with_name(f".{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    yield part
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(part, target)
 
 
 def sha256_file(path: Path | str) -> str:

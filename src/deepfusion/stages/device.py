@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from deepfusion import __version__, models, progress
 from deepfusion.artefacts import write_transport
+from deepfusion.checkpoints import whole_folder
 from deepfusion.config import Config, DeviceSpec
 from deepfusion.corpus import Document
 from deepfusion.data import make_splits, reading_order, windows
@@ -164,22 +164,10 @@ def train_device(
     )
     student.eval()
     after = _loss(student, tokenizer, held_out, config)
-    part = upload.with_name(f".{upload.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    if adapter is not None:
-        settings: Any = adapter.peft_config["default"]
-        settings.target_modules = sorted(settings.target_modules or ())  # a set, whose order differs between processes
-        adapter.save_pretrained(str(part))
-        (part / "README.md").unlink(missing_ok=True)  # PEFT's model card names local paths
-        models.read_config(base).save_pretrained(part)  # the student's own may speak of quantisation
-    else:
-        torch.nn.Module.to(student, _stored_dtype(base))
-        student.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    write_card(
-        part,
-        Card(
+    with whole_folder(upload) as part:
+        _save_weights(student, adapter, base, part)
+        tokenizer.save_pretrained(part)
+        card = Card(
             device=name,
             type=Path(device.type).name if Path(device.type).exists() else device.type,
             model_class=type(student).__name__,
@@ -196,13 +184,23 @@ def train_device(
             steps=config.device.steps,
             seed=config.seed,
             deepfusion_version=__version__,
-        ),
-    )
-    shutil.rmtree(upload, ignore_errors=True)
-    os.replace(part, upload)
+        )
+        write_card(part, card)
     shutil.rmtree(work, ignore_errors=True)
     progress.say(f"[device {name}] held-out loss {before:.3f} -> {after:.3f} nats/token")
     return {"loss_before": before, "loss_after": after}
+
+
+def _save_weights(student: PreTrainedModel, adapter: Any, base: str, folder: Path) -> None:
+    if adapter is None:
+        torch.nn.Module.to(student, _stored_dtype(base))
+        student.save_pretrained(folder)
+        return
+    settings = adapter.peft_config["default"]
+    settings.target_modules = sorted(settings.target_modules or ())  # a set, whose order differs between processes
+    adapter.save_pretrained(str(folder))
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card names local paths
+    models.read_config(base).save_pretrained(folder)  # the student's own may speak of quantisation
 
 
 def _load_student(base: str, method: str, precision: str, name: str) -> PreTrainedModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 
 from deepfusion import families, models, progress
 from deepfusion.artefacts import write_model_card
+from deepfusion.checkpoints import whole_folder
 from deepfusion.config import Config
 from deepfusion.corpus import Document, build_corpus, read_corpus, write_corpus
 from deepfusion.data import make_splits, reading_order
@@ -107,18 +107,15 @@ def distill(
             seed=config.seed,
             checkpoint_seconds=config.checkpoint_seconds,
         )
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    student.eval().save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    taught = f"distilled by DeepFusion from {'all proxies' if unit == 'trunk' else f'proxy {min(proxies)}'}"
-    facts = {"architecture": type(student).__name__, "steps": steps, "documents": len(documents), "seed": config.seed}
-    write_model_card(part, unit.capitalize(), f"A dense model {taught}: it becomes an expert of the MoE.", facts)
-    if config.merge.router == "prototype" and unit != "trunk":
-        rows = _prototype(student, tokenizer, [d for d in documents if d.teacher in proxies], config)
-        save_file({"prototype": rows}, part / "prototype.safetensors")
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(part, out)
+    with whole_folder(out) as part:
+        student.eval().save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        taught = f"distilled by DeepFusion from {'all proxies' if unit == 'trunk' else f'proxy {min(proxies)}'}"
+        facts = {"architecture": type(student).__name__, "steps": steps, "documents": len(documents), "seed": config.seed}
+        write_model_card(part, unit.capitalize(), f"A dense model {taught}: it becomes an expert of the MoE.", facts)
+        if config.merge.router == "prototype" and unit != "trunk":
+            rows = _prototype(student, tokenizer, [d for d in documents if d.teacher in proxies], config)
+            save_file({"prototype": rows}, part / "prototype.safetensors")
     shutil.rmtree(work, ignore_errors=True)
     if history:
         progress.say(f"[distill {unit}] loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}")

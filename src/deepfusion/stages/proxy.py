@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +12,7 @@ from transformers import GenerationConfig
 
 from deepfusion import models, progress
 from deepfusion.adapters import ADAPTER_CONFIG, open_adapter
-from deepfusion.checkpoints import TensorReader, TensorWriter, copy_tokenizer
+from deepfusion.checkpoints import TensorReader, TensorWriter, copy_tokenizer, whole_folder
 from deepfusion.config import Config
 from deepfusion.errors import InputError
 
@@ -31,14 +29,10 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
         target = out / "proxies" / str(cluster["id"])
         if (target / "proxy.json").is_file():
             continue
-        part = target.with_name(f".{target.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
         folders = [inputs["uploads"] / name for name in cluster["devices"]]
-        average(folders, [registry[name] for name in cluster["devices"]], part)
-        _describe(cluster, registry, part)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(part, target)
+        with whole_folder(target) as part:
+            average(folders, [registry[name] for name in cluster["devices"]], part)
+            _describe(cluster, registry, part)
         names = ", ".join(cluster["devices"])
         progress.say(f"[proxy {cluster['id']}] mean of {len(cluster['devices'])} {cluster['type']}: {names}")
     return {"proxies": len(clusters)}

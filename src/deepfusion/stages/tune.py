@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from deepfusion import families, models
 from deepfusion.artefacts import write_final_card, write_model_card
+from deepfusion.checkpoints import whole_folder
 from deepfusion.config import Config
 from deepfusion.corpus import read_corpus
 from deepfusion.data import reading_order
@@ -87,11 +87,8 @@ def tune(
         seed=config.seed,
         checkpoint_seconds=config.checkpoint_seconds,
     )
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    student.eval().to(models.read_config(start).dtype).save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(part, out)
+    with whole_folder(out) as part:
+        student.eval().to(models.read_config(start).dtype).save_pretrained(part)
+        tokenizer.save_pretrained(part)
     shutil.rmtree(work, ignore_errors=True)
     return {key: value for key, value in history[-1].items() if key != "learning_rate"} if history else {}
