@@ -116,6 +116,8 @@ def make_splits(config: Config) -> Splits:
     Each source (a file of a glob counts as one) gives its share to test and, where `data.public` names in_domain, to
     public. A document that two sources hold belongs to the first.
 
+    Without any private source there are no devices, only what the server has.
+
     Raises:
         InputError: a bad source, or too few documents for the devices.
     """

@@ -247,8 +247,7 @@ def test_limits(tmp_path: Path) -> None:
 
 def test_too_little_data(tmp_path: Path) -> None:
     source = documents(tmp_path, "alpha", 20)
-    with pytest.raises(InputError, match="no private data"):
-        split({})
+    assert split({}).devices == []  # a server knows no private data; the device stage refuses to go on without
     with pytest.raises(InputError, match="16 devices"):
         split({"private": source}, devices=16)
     with pytest.raises(InputError, match="device b"):
