@@ -1,4 +1,4 @@
-"""Recipe `fused` against recipe `paper` on the quickstart: `python benchmarks/recipes.py [--seeds 0 1 2] [--out runs/recipes]`.
+"""Recipe `fused` against recipe `paper` on the quickstart: `python benchmarks/recipes.py [--seeds 0 1 2] [--jobs N]`.
 
 Both recipes get the same uploads, public text, steps and batch sizes; only the recipe differs. One JSON per cell in
 benchmarks/results, from which benchmarks/recipes.md is generated. A cell that has its JSON is not run again; a killed cell goes on.
@@ -19,7 +19,7 @@ from deepfusion.config import RECIPES, load_config
 HERE = Path(__file__).parent
 
 
-def cell(seed: int, recipe: str, runs: Path) -> dict[str, Any]:
+def cell(seed: int, recipe: str, runs: Path, jobs: int | None) -> dict[str, Any]:
     """Run one cell, or take its stored result."""
     result = HERE / "results" / f"recipes-{recipe}-seed{seed}.json"
     if result.is_file():
@@ -28,7 +28,7 @@ def cell(seed: int, recipe: str, runs: Path) -> dict[str, Any]:
     other = next((runs / f"{name}-seed{seed}" for name in RECIPES if (runs / f"{name}-seed{seed}" / "uploads").is_dir()), None)
     if other is not None and not out.exists():
         shutil.copytree(other, out)  # the same uploads: the devices do not know the recipe
-    manifest = pipeline.run(load_config(None, [f"seed={seed}", f"recipe={recipe}"]), out)
+    manifest = pipeline.run(load_config(None, [f"seed={seed}", f"recipe={recipe}", f"jobs={jobs or 'null'}"]), out)
     evaluation = json.loads((out / "evaluation.json").read_text("utf-8"))
     found = {
         "seed": seed,
@@ -73,8 +73,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/recipes"))
+    parser.add_argument("--jobs", type=int, help="trainings side by side; 1 where several of these commands share a machine")
     arguments = parser.parse_args()
-    cells = [cell(seed, recipe, arguments.out) for seed in arguments.seeds for recipe in ("fused", "paper")]
+    cells = [cell(seed, recipe, arguments.out, arguments.jobs) for seed in arguments.seeds for recipe in ("fused", "paper")]
     machine = cells[0]["hardware"]
     text = (
         "# Recipes `fused` and `paper` on the quickstart\n\n"
