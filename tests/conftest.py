@@ -29,9 +29,9 @@ from transformers import (
 )
 
 from deepfusion import pipeline
-from deepfusion.checkpoints import sha256_file
 from deepfusion.cli import main
 from deepfusion.config import load_config
+from deepfusion.digests import sha256_file
 
 torch.set_num_threads(1)
 

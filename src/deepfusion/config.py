@@ -169,10 +169,28 @@ class EvaluateSection(Section):
     choices: bool = Field(True, description="measure multiple-choice accuracy where there are options")
 
 
-class FederationSection(Section):
-    """What the server asks of uploads that come from elsewhere."""
+class S3Section(Section):
+    """An object store for uploads on their way; the credentials are those that boto3 finds, never keys of a config."""
 
+    bucket: str = Field("", description="bucket that devices upload to; it must exist")
+    prefix: str = Field("deepfusion", description="what the names of all objects begin with")
+    endpoint: str | None = Field(None, description="address of an S3-compatible store; default: that of AWS")
+    region: str | None = Field(None, description="region of the bucket")
+    part_bytes: int = Field(16 * 2**20, ge=5 * 2**20, description="size of a part of a multipart upload; S3 takes 5 MiB and more")
+
+
+class FederationSection(Section):
+    """A real federation: what the server waits for and what it asks of uploads."""
+
+    wait_for: int | None = Field(
+        None, ge=1, description="begin as soon as so many uploads are in; default: no number, only the deadline"
+    )
+    deadline: str | None = Field(
+        None, description="begin this long after the first start with what is in, such as 90m, 12h or 7d", pattern=r"^\d+[smhd]$"
+    )
     max_upload_bytes: int = Field(64 * 2**30, ge=1, description="larger uploads are set aside")
+    sink: Literal["local", "s3"] = Field("local", description="where uploads go first: this machine, or an object store")
+    s3: S3Section = Field(S3Section(), description="the object store, where sink is s3")
 
 
 class Config(Section):

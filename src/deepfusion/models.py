@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from deepfusion.checkpoints import folder_digest
+from deepfusion.digests import folder_digest
 from deepfusion.errors import InputError
 from deepfusion.losses import BLOCK_ELEMENTS
 from deepfusion.tiny import FOLDER as TINY

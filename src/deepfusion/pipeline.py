@@ -24,8 +24,8 @@ import psutil
 import torch
 
 from deepfusion import __version__, families, jobs, models, progress
-from deepfusion.checkpoints import sha256_file
 from deepfusion.config import Config, config_digest, save_config
+from deepfusion.digests import sha256_file
 from deepfusion.errors import InputError
 from deepfusion.sources import local_files
 from deepfusion.stages import cluster, device, distill, evaluate, merge, proxy, receive, registry, report, tune

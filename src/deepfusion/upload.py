@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import os
 import re
 import stat
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from transformers import GenerationConfig, PretrainedConfig
 
 from deepfusion import __version__, models
 from deepfusion.adapters import ADAPTER, ADAPTER_CONFIG, adapter_shapes, check_adapter_config, open_adapter
-from deepfusion.checkpoints import INDEX, TensorReader, copy_tokenizer, sha256_file
-from deepfusion.config import Encoder, Method
+from deepfusion.card import CARD, FILE_NAMES, MAX_CARD_BYTES, MAX_JSON_BYTES, Card, read_card, write_card
+from deepfusion.checkpoints import INDEX, TensorReader, copy_tokenizer
+from deepfusion.config import Encoder
+from deepfusion.digests import sha256_file
 from deepfusion.errors import InputError
 
-CARD = "card.json"
-MAX_CARD_BYTES = 2**20
-MAX_JSON_BYTES = 64 * 2**20
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_VALUE = 1e6  # no weight of a sound model comes near; larger ones would drown the other members of a cluster
 
-_NAMES = re.compile(
-    r"(card|config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
-    r"|model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors|adapter_model\.safetensors"
-    r"|vocab\.txt|merges\.txt|\w+\.model|chat_template\.jinja|README\.md"
-)
 _CODE = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle|py|pyc|so|sh|npy|npz|joblib)", re.IGNORECASE)
 _SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", ADAPTER_CONFIG)
 # Keys that make a loader fetch code, or read the weights as something else.
@@ -51,42 +42,6 @@ ACCEPTED = (
 )
 
 
-class Card(BaseModel):
-    """What an upload says about itself; nothing in it is text of the device or names its domain.
-
-    `loss_before` and `loss_after` are nats per token on the device's own held-out text; an adopted checkpoint has none
-    and says 0 tokens. `signature` is `models.type_signature`, `files` maps every other file to its SHA-256.
-    """
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    schema_version: Literal[1] = 1
-    device: str = Field(pattern=r"^\.?[A-Za-z0-9_-][A-Za-z0-9._-]{0,62}$")
-    type: str = Field(max_length=200)
-    model_class: str = Field(pattern=r"^\w{1,100}$")
-    signature: str = Field(pattern=r"^[0-9a-f]{64}$")
-    base: str = Field(max_length=1000)
-    base_digest: str = Field(pattern=r"^([0-9a-f]{64})?$")
-    method: Method
-    embedding: list[float] = Field(min_length=2, max_length=1024)
-    encoder: Encoder
-    tokens: int = Field(ge=0, le=10**15)
-    documents: int = Field(ge=0, le=10**12)
-    loss_before: float | None = Field(ge=0)
-    loss_after: float | None = Field(ge=0)
-    steps: int = Field(ge=0)
-    seed: int = Field(ge=0)
-    deepfusion_version: str = Field(max_length=50)
-    files: dict[str, str] = Field(default_factory=dict, max_length=10_000)
-
-    @field_validator("embedding")
-    @classmethod
-    def _unit(cls, embedding: list[float]) -> list[float]:
-        if not abs(math.hypot(*embedding) - 1) < 1e-3:
-            raise ValueError("not of length 1")
-        return embedding
-
-
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One reason to refuse an upload: a stable kebab-case code, a sentence, and the file."""
@@ -94,37 +49,6 @@ class Problem:
     code: str
     message: str
     file: str
-
-
-def write_card(folder: Path, card: Card) -> Card:
-    """Hash all files of an upload and write its card, last and at once: a folder with a card is complete."""
-    files = {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.name != CARD}
-    card = card.model_copy(update={"files": files})
-    part = folder / f".{CARD}.part"
-    part.write_text(card.model_dump_json(indent=1), "utf-8")
-    os.replace(part, folder / CARD)
-    return card
-
-
-def read_card(folder: Path) -> Card:
-    """The card of an upload.
-
-    Raises:
-        InputError: missing, too large, not JSON, or not of the schema; names the field.
-    """
-    path = folder / CARD
-    try:
-        if path.stat().st_size > MAX_CARD_BYTES:
-            allowed = f"{MAX_CARD_BYTES} bytes"
-            raise InputError("the card is too large", where=path, allowed=allowed, code="card-too-large")
-        return Card.model_validate_json(path.read_bytes())
-    except OSError:
-        fix = "deepfusion device train writes one"
-        raise InputError("there is no card", where=path, fix=fix, code="card-missing") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part)[:60] for part in first["loc"]) or "card"
-        raise InputError(f"{field}: {first['msg'][:200]}", where=path, code="card-invalid") from None
 
 
 def adopt_checkpoint(folder: Path, out: Path, device: str, embedding: np.ndarray, encoder: Encoder) -> Card:
@@ -212,7 +136,7 @@ def _check_listing(folder: Path, max_bytes: int, bases: Collection[str] | None) 
             yield Problem("link", "a hard link to another file", name)
         elif _CODE.fullmatch(name):
             yield Problem("code-file", "files that can run code are refused; weights are safetensors", name)
-        elif not _NAMES.fullmatch(name):
+        elif not FILE_NAMES.fullmatch(name):
             yield Problem("unknown-file", "a file that no upload has", name)
         elif not name.endswith(".safetensors") and info.st_size > (MAX_CARD_BYTES if name == CARD else MAX_JSON_BYTES):
             yield Problem("card-too-large" if name == CARD else "file-too-large", f"{info.st_size} bytes", name)
@@ -359,9 +283,3 @@ def _keys(value: Any) -> Iterator[str]:
     if isinstance(value, list):
         for item in value:
             yield from _keys(item)
-
-
-def weights_digest(card: Card) -> str:
-    """Digest of the weight files that a checked card names; equals `checkpoints.folder_digest` of the folder."""
-    lines = [f"{name}\0{digest}\n" for name, digest in sorted(card.files.items()) if name.endswith(".safetensors")]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -12,7 +12,7 @@ from tokenizers import models as tokenizer_models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from deepfusion import models
-from deepfusion.upload import Card, write_card
+from deepfusion.card import Card, write_card
 
 TEXT = ["the cat sat on the mat", "a dog ran over the hill and far away", "one two three four five six seven"]
 DIMENSIONS = {

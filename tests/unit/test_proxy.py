@@ -10,10 +10,10 @@ from device_models import make_model, save_adapter_upload, save_checkpoint, save
 from safetensors.torch import load_file, save_file
 
 from deepfusion import models
+from deepfusion.card import read_card
 from deepfusion.config import parse_config
 from deepfusion.errors import InputError
 from deepfusion.stages import proxy, registry
-from deepfusion.upload import read_card
 
 
 def run(root: Path, clusters: list[list[str]], types: list[str]) -> Path:

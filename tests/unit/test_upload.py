@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from deepfusion.checkpoints import folder_digest
+from deepfusion.card import CARD, Card, read_card, weights_digest, write_card
+from deepfusion.digests import folder_digest
 from deepfusion.errors import InputError
-from deepfusion.upload import CARD, Card, adopt_checkpoint, check_upload, read_card, weights_digest, write_card
+from deepfusion.upload import adopt_checkpoint, check_upload
 
 LIMIT = 10**8
 

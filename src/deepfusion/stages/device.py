@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from deepfusion import __version__, models, progress
 from deepfusion.artefacts import write_transport
+from deepfusion.card import Card, write_card
 from deepfusion.checkpoints import whole_folder
 from deepfusion.config import Config, DeviceSpec
 from deepfusion.corpus import Document
@@ -24,7 +25,6 @@ from deepfusion.jobs import run_jobs
 from deepfusion.metrics import context_limit, evaluate_model
 from deepfusion.sources import Example, read_jsonl, shuffled, unique
 from deepfusion.training import train
-from deepfusion.upload import Card, write_card
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:

@@ -15,12 +15,12 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from deepfusion import progress
+from deepfusion.card import read_card
 from deepfusion.config import Config
 from deepfusion.data import Example, load_source, make_splits
 from deepfusion.jobs import run_jobs
 from deepfusion.metrics import evaluate_model, expert_use
 from deepfusion.models import load_model, load_tokenizer, resolve, resolve_precision
-from deepfusion.upload import read_card
 
 # The shares of experts settle long before the losses do.
 EXPERT_USE_DOCUMENTS = 64

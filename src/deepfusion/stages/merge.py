@@ -11,15 +11,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from deepfusion.artefacts import write_model_card
-from deepfusion.checkpoints import (
-    TensorReader,
-    TensorWriter,
-    copy_tokenizer,
-    folder_digest,
-    sha256_file,
-    tokenizer_files,
-)
+from deepfusion.checkpoints import TensorReader, TensorWriter, copy_tokenizer, tokenizer_files
 from deepfusion.config import Config
+from deepfusion.digests import folder_digest, sha256_file
 from deepfusion.errors import InputError
 from deepfusion.families import MoELayout, merge_tensors, moe_config, parameter_count
 

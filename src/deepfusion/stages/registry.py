@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from deepfusion import progress
+from deepfusion.card import Card, read_card, weights_digest
 from deepfusion.config import Config
 from deepfusion.errors import InputError
-from deepfusion.upload import Card, Problem, check_upload, read_card, weights_digest
+from deepfusion.upload import Problem, check_upload
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:

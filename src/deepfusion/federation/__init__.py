@@ -1,0 +1,1 @@
+"""Devices on other machines hand in their models once: Flower carries the messages, a resumable HTTPS upload the weights."""
