@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import datetime
 import hashlib
 import ipaddress
 import os
+import re
 import ssl
 from pathlib import Path
 
@@ -26,7 +28,8 @@ from deepfusion.errors import InputError
 
 KEY_HEADER, TIME_HEADER, SIGNATURE_HEADER = "flwr-public-key", "flwr-timestamp", "flwr-signature"
 MAX_CLOCK_SECONDS = 300  # as far as Flower lets a signed time be off
-_CA_DAYS, _SERVER_DAYS = 3650, 397
+_CA_DAYS, _SERVER_DAYS, _RENEW_DAYS = 3650, 397, 30
+_CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)  # a key on another curve has no line of OpenSSH
 
 
 def device_key(path: Path) -> ec.EllipticCurvePrivateKey:
@@ -45,8 +48,9 @@ def device_key(path: Path) -> ec.EllipticCurvePrivateKey:
         loaded = serialization.load_pem_private_key(path.read_bytes(), None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         loaded = None
-    if not isinstance(loaded, ec.EllipticCurvePrivateKey):
-        raise InputError("not an unencrypted PEM key on an elliptic curve", where=path, fix="name another --home", code="bad-key")
+    if not isinstance(loaded, ec.EllipticCurvePrivateKey) or not isinstance(loaded.curve, _CURVES):
+        what = "not an unencrypted PEM key on a NIST curve of 256 bits or more"
+        raise InputError(what, where=path, fix="name another --home", code="bad-key")
     return loaded
 
 
@@ -104,8 +108,8 @@ def signer(headers: httpx.Headers | dict[str, str]) -> ec.EllipticCurvePublicKey
         signature = base64.b64decode(headers[SIGNATURE_HEADER], validate=True)
         signed_at = datetime.datetime.fromisoformat(headers[TIME_HEADER])
         key = serialization.load_pem_public_key(pem)
-        if not isinstance(key, ec.EllipticCurvePublicKey):
-            raise Unsigned("the key is not on an elliptic curve")
+        if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, _CURVES):
+            raise Unsigned("the key is not on a NIST curve of 256 bits or more")
         age = (datetime.datetime.now(datetime.UTC) - signed_at).total_seconds()
         key.verify(signature, headers[TIME_HEADER].encode("ascii"), ec.ECDSA(hashes.SHA256()))
     except (KeyError, ValueError, TypeError, binascii.Error, UnsupportedAlgorithm, UnicodeError):
@@ -131,7 +135,7 @@ def make_authority(folder: Path) -> None:
         .sign(key, hashes.SHA256())
     )
     write_secret(folder / "ca.key", _private_pem(key))
-    (folder / "ca.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    _write(folder / "ca.pem", certificate.public_bytes(serialization.Encoding.PEM), 0o644)
 
 
 def issue_certificate(folder: Path, hosts: list[str]) -> None:
@@ -141,29 +145,46 @@ def issue_certificate(folder: Path, hosts: list[str]) -> None:
 
     Args:
         hosts: DNS names or IP addresses under which devices reach the server.
+
+    Raises:
+        InputError: not such a name, or the key of the authority is gone.
     """
-    names = sorted({"localhost", "127.0.0.1", *hosts})
-    if (folder / "server.pem").exists():
-        known = x509.load_pem_x509_certificate((folder / "server.pem").read_bytes())
-        issued = known.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        same = sorted(str(value) for kind in (x509.DNSName, x509.IPAddress) for value in issued.get_values_for_type(kind)) == names
-        if same and known.not_valid_after_utc - datetime.datetime.now(datetime.UTC) > datetime.timedelta(days=30):
-            return
+    names = [_alternative(name) for name in sorted({"localhost", "127.0.0.1", *hosts})]
     authority = x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes())
-    authority_key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
+    if _is_good(folder, authority, names):
+        return
+    try:
+        authority_key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
+    except OSError:
+        fix = "restore it from the back-up; or remove ca.pem, and give all devices the digest of the new one"
+        raise InputError("the key of the authority cannot be read", where=folder / "ca.key", fix=fix, code="no-ca-key") from None
     assert isinstance(authority_key, ec.EllipticCurvePrivateKey)
     key = ec.generate_private_key(ec.SECP256R1())
     certificate = (
         _builder(_name("DeepFusion server"), authority.subject, key, _SERVER_DAYS)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName([_alternative(name) for name in names]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(_usage(signs_certificates=False), critical=True)
         .sign(authority_key, hashes.SHA256())
     )
     write_secret(folder / "server.key", _private_pem(key))
-    (folder / "server.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    _write(folder / "server.pem", certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+
+
+def _is_good(folder: Path, authority: x509.Certificate, names: list[x509.GeneralName]) -> bool:
+    """Whether the server's certificate can be kept. A kill or a back-up may have left one without its key or authority."""
+    try:
+        known = x509.load_pem_x509_certificate((folder / "server.pem").read_bytes())
+        key = serialization.load_pem_private_key((folder / "server.key").read_bytes(), None)
+        known.verify_directly_issued_by(authority)
+    except (OSError, ValueError, TypeError, InvalidSignature):
+        return False
+    issued = known.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    left = known.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
+    same = key.public_key() == known.public_key() and set(issued) == set(names)
+    return same and left > datetime.timedelta(days=_RENEW_DAYS)
 
 
 def certificate_digest(pem: bytes) -> str:
@@ -199,18 +220,19 @@ def trust(server: str, folder: Path, ca: Path | None, ca_sha256: str | None) -> 
     if not kept.exists():
         try:
             answer = httpx.get(f"https://{server}/v1/ca", verify=False, timeout=15)  # checked against the digest below
-            found = certificate_digest(answer.content)
-        except httpx.HTTPError as error:
+            certificate = x509.load_pem_x509_certificate(answer.content)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise unreachable(server, error) from None
         except ValueError:
             raise InputError("this is no DeepFusion server", where=server, code="wrong-ca") from None
+        found = certificate.fingerprint(hashes.SHA256()).hex()
         if found != wanted:
             fix = "ask the operator for the line that deepfusion server start prints; somebody may stand in between"
             raise InputError(
                 f"its authority has digest {found[:16]}..., not {wanted[:16]}...", where=server, fix=fix, code="wrong-ca"
             )
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_bytes(answer.content)
+        # Not the answer itself: behind the certificate with the right digest it may hold others.
+        _write(kept, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
     return kept
 
 
@@ -239,10 +261,15 @@ def tls(ca: Path | None) -> ssl.SSLContext:
 
 def write_secret(path: Path, content: bytes) -> None:
     """Write a file that only its owner may read, from its first byte on."""
+    _write(path, content, 0o600)
+
+
+def _write(path: Path, content: bytes, mode: int) -> None:
+    """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     part = path.with_name(f".{path.name}.part")
     part.unlink(missing_ok=True)
-    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -279,7 +306,9 @@ def _usage(signs_certificates: bool) -> x509.KeyUsage:
 
 
 def _alternative(host: str) -> x509.GeneralName:
-    try:
+    with contextlib.suppress(ValueError):
         return x509.IPAddress(ipaddress.ip_address(host))
-    except ValueError:
-        return x509.DNSName(host)
+    if not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", host):
+        allowed = "a name or an address without a port, such as fusion.example.org or 203.0.113.7"
+        raise InputError("not what devices could call a server", where=host, allowed=allowed, code="bad-host")
+    return x509.DNSName(host)
