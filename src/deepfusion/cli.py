@@ -36,7 +36,9 @@ app = typer.Typer(
 )
 device_app = typer.Typer(help="One device, on its own machine.", no_args_is_help=True)
 config_app = typer.Typer(help="Look at and check configs.", no_args_is_help=True)
+server_app = typer.Typer(help="A federation of devices on other machines.", no_args_is_help=True)
 app.add_typer(device_app, name="device")
+app.add_typer(server_app, name="server")
 app.add_typer(config_app, name="config")
 
 ConfigFile = Annotated[Path | None, typer.Argument(help="YAML config; default: the quickstart")]
@@ -44,6 +46,7 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, m
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout, nothing else")]
 From = Annotated[str | None, typer.Option("--from", help="redo this stage and what follows")]
 Until = Annotated[str | None, typer.Option("--until", help="stop after this stage")]
+ServerHome = Annotated[Path, typer.Option(help="folder of the server's keys and enrolled devices")]
 Run = Annotated[Path, typer.Argument(help="a run folder")]
 
 
@@ -83,7 +86,9 @@ def fuse(
         # Nobody said how many experts: one per model as long as that stays small.
         count = min(len(upload_folders(uploads)), 8)
         overrides = [f"experts={count}", f"top_k={min(2, count)}", *overrides]
-    pipeline.run(load_config(config or CONFIGS / "fuse.yaml", overrides), out, uploads=uploads, first=first, last=last)
+    pipeline.run(
+        load_config(config or CONFIGS / "fuse.yaml", overrides), out, source=pipeline.given(uploads), first=first, last=last
+    )
     _print_outcome(out, json_)
 
 
@@ -94,6 +99,10 @@ def status(run: Run, json_: Json = False) -> None:
     from deepfusion.progress import duration
 
     state = pipeline.status(run)
+    if find_spec("flwr") is not None:
+        from deepfusion.federation.server import device_states
+
+        state["devices"] = device_states(run)
     if json_:
         return _print_json(state)
     table = Table("stage", "status", "time", "peak memory", title=str(run))
@@ -106,6 +115,13 @@ def status(run: Run, json_: Json = False) -> None:
             "" if memory is None else f"{memory / 2**30:.2f} GiB",
         )
     rich.print(table)
+    if state.get("devices"):
+        devices = Table("device", "state", "upload bytes", "")
+        for row in state["devices"]:
+            devices.add_row(
+                row["device"], row["state"], f"{row['received_bytes']:,} of {row['upload_bytes']:,}", escape(row["detail"])
+            )
+        rich.print(devices)
 
 
 @app.command()
@@ -286,6 +302,110 @@ def device_check(
         raise typer.Exit(2)
 
 
+@device_app.command("join")
+def device_join(
+    server: Annotated[str, typer.Option(help="HOST:PORT of the server")],
+    data: Annotated[Path | None, typer.Option(help="private JSONL file to train on")] = None,
+    upload: Annotated[Path | None, typer.Option(help="or an upload folder that device train made before")] = None,
+    out: Annotated[Path, typer.Option(help="upload folder to write")] = Path("upload"),
+    type: Annotated[str | None, typer.Option(help="model type; default: the largest suggested one that fits --memory")] = None,
+    memory: Annotated[str | None, typer.Option(help="memory that training may take, such as 4GB")] = None,
+    ca_sha256: Annotated[str | None, typer.Option(help="digest of the server's private authority, from the operator")] = None,
+    ca: Annotated[Path | None, typer.Option(help="or its certificate as a PEM file; default: public authorities")] = None,
+    home: Annotated[Path, typer.Option(help="where this device's key is kept")] = Path("~/.deepfusion/device"),
+    json_: Json = False,
+) -> None:
+    """Take part in a federation: train on a private file, hand the model in once, get a receipt."""
+    _need_flower()
+    from deepfusion.federation.join import join
+
+    if (data is None) == (upload is None):
+        raise InputError("give either --data or --upload", allowed="--data FILE.jsonl | --upload FOLDER", code="bad-input")
+    receipt = join(
+        server, home, folder=upload or out, data=data, ca=ca, ca_sha256=ca_sha256, type=type, memory=memory
+    )  # fmt: skip
+    if json_:
+        return _print_json(receipt)
+    when = "" if receipt["state"] == "done" else "; the run had begun without it, it is kept for the next"
+    print(f"handed in as {receipt['device']}: {receipt['size']:,} bytes, digest {receipt['digest'][:16]}{when}")
+
+
+@server_app.command("start")
+def server_start(
+    config: Annotated[Path | None, typer.Argument(help="YAML config; default: fusion without public text")] = None,
+    out: Annotated[Path, typer.Option(help="run folder; started again with the same, the run goes on")] = Path("runs/federation"),
+    host: Annotated[str, typer.Option(help="address to listen on")] = "0.0.0.0",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="the one port that devices must reach")] = 9443,
+    public: Annotated[list[str] | None, typer.Option(help="name or address of this machine for devices (repeatable)")] = None,
+    certificate: Annotated[Path | None, typer.Option(help="PEM chain of a public authority; default: a private one")] = None,
+    certificate_key: Annotated[Path | None, typer.Option(help="its private key, mode 0600")] = None,
+    home: ServerHome = Path("~/.deepfusion/server"),
+    stay: Annotated[bool, typer.Option(help="stay after the model is made and keep late uploads")] = False,
+    embedded: Annotated[bool, typer.Option(help="simulate the devices of the config in this process, without a network")] = False,
+    set: Overrides = None,
+    json_: Json = False,
+) -> None:
+    """Wait for devices, take their uploads, and make the model when enough are in."""
+    _need_flower()
+    from deepfusion.config import CONFIGS
+
+    if embedded:
+        from deepfusion import pipeline
+        from deepfusion.federation.embedded import source
+
+        pipeline.run(load_config(config, set or []), out, source=source())
+    else:
+        from deepfusion.federation.home import Home
+        from deepfusion.federation.server import start
+
+        start(
+            load_config(config or CONFIGS / "fuse.yaml", set or []), out, Home(home), host=host, port=port, public=public,
+            certificate=certificate, certificate_key=certificate_key, stay=stay,
+        )  # fmt: skip
+    _print_outcome(out, json_)
+
+
+@server_app.command("enroll")
+def server_enroll(
+    device: Annotated[str, typer.Argument(help="name of the device in this federation")],
+    key: Annotated[str, typer.Argument(help="the line of its public key, which device join prints")],
+    home: ServerHome = Path("~/.deepfusion/server"),
+) -> None:
+    """Let a device take part; a running server notices at once."""
+    _need_flower()
+    from deepfusion.federation.home import Home
+
+    Home(home).enroll(device, key)
+    print(f"{device} may join")
+
+
+@server_app.command("revoke")
+def server_revoke(device: Annotated[str, typer.Argument()], home: ServerHome = Path("~/.deepfusion/server")) -> None:
+    """Shut a device out, at once, also in the middle of an upload."""
+    _need_flower()
+    from deepfusion.federation.home import Home
+
+    Home(home).revoke(device)
+    print(f"{device} may not join any more")
+
+
+@server_app.command("devices")
+def server_devices(home: ServerHome = Path("~/.deepfusion/server"), json_: Json = False) -> None:
+    """List who is enrolled and who was revoked."""
+    _need_flower()
+    from deepfusion.federation.home import Home
+    from deepfusion.federation.identity import fingerprint, parse_public_line
+
+    devices = Home(home).devices.values()
+    rows = [{"device": d.device, "key": fingerprint(parse_public_line(d.key)), "revoked": d.revoked} for d in devices]
+    if json_:
+        return _print_json({"devices": rows})
+    table = Table("device", "key", "")
+    for row in rows:
+        table.add_row(escape(str(row["device"])), str(row["key"]), "revoked" if row["revoked"] else "")
+    rich.print(table)
+
+
 @config_app.command("show")
 def config_show(config: ConfigFile = None, set: Overrides = None, json_: Json = False) -> None:
     """Print the complete resolved config."""
@@ -328,6 +448,11 @@ def config_explain(key: Annotated[str | None, typer.Argument(help="only keys tha
         return _print_json({name: {"type": kind, "default": _plain(value), "meaning": text} for name, kind, value, text in rows})
     for name, kind, default, text in rows:
         print(f"{name}  ({kind}; default {_plain(default)})\n    {text}")
+
+
+def _need_flower() -> None:
+    if find_spec("flwr") is None:
+        raise InputError("the federation needs Flower", fix="pip install deepfusion[federation]", code="no-flower")
 
 
 def _plain(value: Any) -> Any:

@@ -90,16 +90,27 @@ STAGES = (
     Stage("report", report.run, {"evaluation": "evaluation.json"}, ("report",), ()),
 )  # fmt: skip
 NAMES = tuple(stage.name for stage in STAGES)
+_BEFORE_A_RUN = ("config.yaml", "federation", "log.txt")  # a server writes these while it waits for uploads
 _REDONE = ("report",)  # cheap, and it shows the seconds of all others
 
 
+def given(uploads: Path) -> Stage:
+    """In place of the device stage: take these uploads or plain checkpoints, or all uploads of another run, late ones too."""
+    folder = Path(os.path.abspath(uploads))
+    inputs = {"given": str(folder)}
+    if (folder / "manifest.json").is_file():
+        inputs = {"given": str(folder / "uploads"), "late": str(folder / "late")}
+    keys = ("seed", "precision", "device.encoder", "device.embedding_size")
+    return Stage("device", receive.run, inputs, STAGES[0].outputs, keys)
+
+
 def run(
-    config: Config, out: Path, *, uploads: Path | None = None, first: str | None = None, last: str | None = None
+    config: Config, out: Path, *, source: Stage | None = None, first: str | None = None, last: str | None = None
 ) -> dict[str, Any]:
     """Run the pipeline in the folder `out`, or continue it there, or redo what a changed config touches.
 
     Args:
-        uploads: take these uploads or plain checkpoints instead of training simulated devices.
+        source: in place of the device stage, which trains simulated devices: where uploads come from.
         first: redo this stage and what follows, even if nothing changed.
         last: stop after this stage.
 
@@ -111,11 +122,8 @@ def run(
     """
     started = time.time()
     stages = list(STAGES)
-    if uploads is not None:
-        stages[0] = Stage(
-            "device", receive.run, {"given": os.path.abspath(uploads)}, STAGES[0].outputs,
-            ("seed", "precision", "device.encoder", "device.embedding_size"),
-        )  # fmt: skip
+    if source is not None:
+        stages[0] = source
     for name in filter(None, (first, last)):
         if name not in NAMES:
             raise InputError(f"there is no stage {name}", allowed=", ".join(NAMES), code="unknown-stage")
@@ -165,7 +173,8 @@ def read_manifest(out: Path) -> dict[str, Any]:
 
 def status(out: Path) -> dict[str, Any]:
     """What `deepfusion status --json` prints."""
-    stages = read_manifest(out)["stages"]
+    waiting = (out / "federation").is_dir() and not (out / "manifest.json").is_file()
+    stages = {} if waiting else read_manifest(out)["stages"]
     keep = ("status", "seconds", "peak_rss_bytes")
     rows = [{"name": n, **{k: stages.get(n, {"status": "waiting"}).get(k) for k in keep}} for n in NAMES]
     return {"run": str(out), "stages": rows}
@@ -241,7 +250,7 @@ def _open_manifest(out: Path, config: Config) -> dict[str, Any]:
     if (out / "manifest.json").is_file():
         manifest = read_manifest(out)
     else:
-        if any(path.name not in (".lock",) for path in out.iterdir()):
+        if any(path.name not in (".lock", *_BEFORE_A_RUN) for path in out.iterdir()):
             raise InputError("the folder is not empty and no run folder", where=out, fix="choose another --out", code="not-a-run")
         manifest = {"stages": {}}
     manifest |= {

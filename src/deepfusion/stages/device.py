@@ -33,16 +33,10 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     Raises:
         InputError: there is no private data, or the devices do not fit `experts`.
     """
-    splits = make_splits(config)
-    if not splits.devices:
-        fix = "--set data.private=FILE.jsonl"
-        raise InputError("there is no private data", where="data.private", fix=fix, code="no-private-data")
-    _check_counts(config.experts, splits.devices)
     jobs = [
-        {"config": config, "device": device, "private": splits.private[device.id], "held_out": splits.held_out[device.id],
-         "upload": out / "uploads" / str(device.id), "work": out / "work" / str(device.id)}
-        for device in splits.devices if device.id is not None
-    ]  # fmt: skip
+        {**device, "upload": out / "uploads" / str(device["device"].id), "work": out / "work" / str(device["device"].id)}
+        for device in simulated_devices(config)
+    ]
     cards = run_jobs(train_device, jobs, config.jobs)
     write_transport(out / "uploads", out / "transport.json")
     return {
@@ -50,6 +44,23 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
         "loss_before": sum(card["loss_before"] for card in cards) / len(cards),
         "loss_after": sum(card["loss_after"] for card in cards) / len(cards),
     }
+
+
+def simulated_devices(config: Config) -> list[dict[str, Any]]:
+    """The devices of a simulation, each with its `config`, `device`, `private` and `held_out` documents for `train_device`.
+
+    Raises:
+        InputError: there is no private data, or the devices do not fit `experts`.
+    """
+    splits = make_splits(config)
+    if not splits.devices:
+        fix = "--set data.private=FILE.jsonl"
+        raise InputError("there is no private data", where="data.private", fix=fix, code="no-private-data")
+    _check_counts(config.experts, splits.devices)
+    return [
+        {"config": config, "device": device, "private": splits.private[device.id], "held_out": splits.held_out[device.id]}
+        for device in splits.devices if device.id is not None
+    ]  # fmt: skip
 
 
 def _check_counts(experts: int, devices: list[DeviceSpec]) -> None:

@@ -20,11 +20,15 @@ SAMPLES = 64  # texts a plain checkpoint samples so that its knowledge can be em
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
-    """Copy the uploads in `given` to `out`/uploads; plain checkpoints get a card and an embedding of what they sample.
+    """Copy the uploads in `given`, and in `late` if there is such a folder, to `out`/uploads.
+
+    Plain checkpoints get a card and an embedding of what they sample.
 
     Uploads are only copied here; the registry decides which of them are sound. `out`/transport.json counts their bytes.
     """
-    folders = upload_folders(inputs["given"])
+    folders = _folders(inputs["given"])
+    if "late" in inputs and inputs["late"].is_dir():
+        folders += _folders(inputs["late"])
     target = out / "uploads"
     target.mkdir(parents=True, exist_ok=True)
     plain = []
@@ -39,11 +43,18 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
 
 
 def upload_folders(given: Path) -> list[Path]:
-    """The uploads or checkpoints below a folder, by name.
+    """The uploads or checkpoints below a folder, by name; of a run folder those that came in time and those that came late.
 
     Raises:
         InputError: no such folder, or nothing in it.
     """
+    if (given / "manifest.json").is_file():
+        late = given / "late"
+        return _folders(given / "uploads") + (_folders(late) if late.is_dir() else [])
+    return _folders(given)
+
+
+def _folders(given: Path) -> list[Path]:
     if not given.is_dir():
         raise InputError("there is no such folder", where=given, allowed="a folder of uploads or of checkpoints", code="no-uploads")
     folders = sorted(p for p in given.iterdir() if p.is_dir() and ((p / "config.json").exists() or (p / "card.json").exists()))
