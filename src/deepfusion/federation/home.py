@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import json
 import os
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from deepfusion.config import DEVICE_ID
@@ -41,7 +43,8 @@ class Home:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.expanduser().resolve()
-        self._read_at, self._known = -1, {}  # type: int, dict[str, Enrolled]
+        self._version: tuple[int, int] | None = None
+        self._known: dict[str, Enrolled] = {}
 
     def prepare(self, hosts: list[str]) -> None:
         """Make what is missing: the folder, the authority, a certificate for `hosts`, the secret of the control plane."""
@@ -82,13 +85,15 @@ class Home:
         """All that were ever enrolled, by name; read again when the file has changed."""
         path = self.folder / "devices.json"
         try:
-            changed = path.stat().st_mtime_ns
+            found = path.stat()
         except OSError:
             return {}
-        if changed != self._read_at:
+        # Every change is a new file, which tells two changes in one tick of the file system's clock apart.
+        version = found.st_mtime_ns, found.st_ino
+        if version != self._version:
             rows: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))
             self._known = {row["device"]: Enrolled(row["device"], row["key"], row["revoked"]) for row in rows}
-            self._read_at = changed
+            self._version = version
         return self._known
 
     def who(self, key: ec.EllipticCurvePublicKey) -> Enrolled | None:
@@ -103,20 +108,21 @@ class Home:
             InputError: not a public key, not a name, or one of both is enrolled already.
         """
         if not re.fullmatch(DEVICE_ID, device):
-            allowed = "letters, digits, dots, dashes and underscores, at most 63"
+            allowed = "letters, digits, dots, dashes and underscores, at most 63, the first a letter or digit"
             raise InputError("not a name of a device", where=device, allowed=allowed, code="bad-device-name")
         key = identity.parse_public_line(key_line)
-        line, known = identity.public_line(key), self.devices
-        if device in known and not known[device].revoked and known[device].key != line:
-            fix = f"deepfusion server revoke {device}, or another name"
-            raise InputError("this name is enrolled with another key", where=device, fix=fix, code="already-enrolled")
-        other = self.who(key)
-        if other and not other.revoked and other.device != device:
-            raise InputError(f"this key is enrolled as {other.device}", where=device, code="already-enrolled")
-        if other and other.revoked:
-            fix = "the device makes a new key with another --home"
-            raise InputError("this key was revoked", where=device, fix=fix, code="revoked")
-        self._write({**known, device: Enrolled(device, line)})
+        line = identity.public_line(key)
+        with self._changing() as known:
+            if device in known and not known[device].revoked and known[device].key != line:
+                fix = f"deepfusion server revoke {device}, or another name"
+                raise InputError("this name is enrolled with another key", where=device, fix=fix, code="already-enrolled")
+            other = self.who(key)
+            if other and not other.revoked and other.device != device:
+                raise InputError(f"this key is enrolled as {other.device}", where=device, code="already-enrolled")
+            if other and other.revoked:
+                fix = "the device makes a new key with another --home"
+                raise InputError("this key was revoked", where=device, fix=fix, code="revoked")
+            known[device] = Enrolled(device, line)
 
     def revoke(self, device: str) -> None:
         """Shut a device out; what it handed in before stays.
@@ -124,20 +130,22 @@ class Home:
         Raises:
             InputError: no such device.
         """
-        known = self.devices
-        if device not in known:
-            raise InputError("no such device", where=device, allowed=", ".join(sorted(known)) or "none yet", code="not-enrolled")
-        self._write({**known, device: Enrolled(device, known[device].key, revoked=True)})
+        with self._changing() as known:
+            if device not in known:
+                allowed = ", ".join(sorted(known)) or "none yet"
+                raise InputError("no such device", where=device, allowed=allowed, code="not-enrolled")
+            known[device] = Enrolled(device, known[device].key, revoked=True)
 
-    def _write(self, known: dict[str, Enrolled]) -> None:
-        rows = [vars(device) for device in known.values()]
-        identity.write_secret(self.folder / "devices.json", json.dumps(rows, indent=1).encode())
-
-
-def public_pem(line: str) -> bytes:
-    """A public key as PEM, as SuperLink knows it."""
-    key = identity.parse_public_line(line)
-    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    @contextmanager
+    def _changing(self) -> Iterator[dict[str, Enrolled]]:
+        """A copy of all devices, written back at the end: one process at a time, or one would undo what another did."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with open(self.folder / ".devices.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            known = dict(self.devices)
+            yield known
+            rows = [vars(device) for device in known.values()]
+            identity.write_secret(self.folder / "devices.json", json.dumps(rows, indent=1).encode())
 
 
 def now() -> str:
