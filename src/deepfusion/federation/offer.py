@@ -17,8 +17,8 @@ class OfferedFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(max_length=200)
-    size: int = Field(ge=0)
+    name: str = Field(pattern=r"^[ -~]{1,200}$")
+    size: int = Field(ge=0, le=10**15)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
@@ -46,21 +46,25 @@ def read_offer(folder: Path) -> Offer:
     """Offer an upload folder, hashing its files again: what changed on the disk since must not be sent.
 
     Raises:
-        InputError: no card, or the files are not those of the card.
+        InputError: no card, or the files are not those of the card, or none that could be offered.
     """
     card = read_card(folder)
     present = {path.name for path in folder.iterdir() if path.is_file()} - {CARD}
     if wrong := sorted(present ^ set(card.files)):
         what = f"{wrong[0]} is " + ("not named in the card" if wrong[0] in present else "named in the card, but not there")
         raise InputError(what, where=folder, fix="deepfusion device train again", code="upload-changed")
-    files = [
-        OfferedFile(name=name, size=(folder / name).stat().st_size, sha256=sha256_file(folder / name))
-        for name in sorted([CARD, *present])
-    ]
+    try:
+        files = [
+            OfferedFile(name=name, size=(folder / name).stat().st_size, sha256=sha256_file(folder / name))
+            for name in sorted([CARD, *present])
+        ]
+        offer = Offer(card=card, files=files)
+    except ValidationError as error:
+        raise _invalid(error, folder) from None
     for file in files:
         if file.name != CARD and file.sha256 != card.files[file.name]:
             raise InputError("changed since the card was written", where=folder / file.name, code="upload-changed")
-    return Offer(card=card, files=files)
+    return offer
 
 
 def parse_offer(text: str) -> Offer:
@@ -72,9 +76,7 @@ def parse_offer(text: str) -> Offer:
     try:
         return Offer.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part)[:60] for part in first["loc"]) or "offer"
-        raise InputError(f"{field}: {first['msg'][:200]}", where="offer", code="card-invalid") from None
+        raise _invalid(error, "offer") from None
 
 
 def check_offer(offer: Offer, device: str, max_bytes: int) -> None:
@@ -99,3 +101,9 @@ def check_offer(offer: Offer, device: str, max_bytes: int) -> None:
             raise InputError("its SHA-256 is not that of the card", where=file.name, code="digest-mismatch")
     if offer.size > max_bytes:
         raise InputError(f"{offer.size} bytes", where=f"device {device}", allowed=f"{max_bytes} bytes", code="too-large")
+
+
+def _invalid(error: ValidationError, where: object) -> InputError:
+    first = error.errors()[0]
+    field = ".".join(str(part)[:60] for part in first["loc"]) or "offer"
+    return InputError(f"{field}: {first['msg'][:200]}", where=where, code="card-invalid")
