@@ -6,6 +6,7 @@ no secret: of a ticket only the hash.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import secrets
@@ -19,7 +20,7 @@ from typing import Any, Literal
 
 from deepfusion.federation.offer import Offer, parse_offer
 
-State = Literal["enrolled", "connected", "training", "uploading", "verifying", "done", "late", "rejected", "revoked"]
+State = Literal["enrolled", "connected", "training", "uploading", "verifying", "done", "late", "rejected", "failed"]
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS devices (
@@ -81,21 +82,23 @@ class Ledger:
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self.audit_path = folder / "ledger.sqlite", folder / "audit.jsonl"
         with self._open() as db:
-            db.executescript(_SCHEMA)
+            for table in _SCHEMA.split(";"):
+                db.execute(table)
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        # A connection for each access: they are rare, and none is shared between threads or outlives a crash.
-        db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
-        db.row_factory = sqlite3.Row
-        try:
-            db.execute("PRAGMA journal_mode=WAL")
-            db.execute("BEGIN IMMEDIATE")
-            yield db
-            if db.in_transaction:
+        # A connection for each access: they are rare, and none is shared between threads or outlives a crash. Who waits for
+        # the lock of a file is woken; who waits for SQLite sleeps and asks again, and starves beside a busy process.
+        with open(self.path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+            db.row_factory = sqlite3.Row
+            try:
+                db.execute("BEGIN IMMEDIATE")
+                yield db
                 db.execute("COMMIT")
-        finally:
-            db.close()  # rolls back what was not committed
+            finally:
+                db.close()  # rolls back what was not committed
 
     def devices(self) -> dict[str, Row]:
         """All devices that were ever heard of in this run, by name."""
@@ -189,6 +192,11 @@ class Ledger:
         with self._open() as db:
             row = db.execute("SELECT value FROM facts WHERE name=?", (name,)).fetchone()
         return row["value"] if row else None
+
+    def forget(self, name: str) -> None:
+        """Drop a fact about the run."""
+        with self._open() as db:
+            db.execute("DELETE FROM facts WHERE name=?", (name,))
 
     def audit(self, event: str, *, device: str | None = None, peer: str | None = None, **facts: object) -> None:
         """Add a line to `RUN`/federation/audit.jsonl: who was let in, what was taken, who was refused and why."""
