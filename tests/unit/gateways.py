@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import json
 import random
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import httpx
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from deepfusion.card import Card, write_card
@@ -23,6 +27,23 @@ from deepfusion.federation.connection import Connection
 from deepfusion.federation.home import Home
 from deepfusion.federation.ledger import Ledger
 from deepfusion.federation.offer import Offer, read_offer
+
+_HAND_IN = """
+import json, sys
+from pathlib import Path
+from deepfusion.federation import identity
+from deepfusion.federation.connection import Connection
+from deepfusion.federation.offer import parse_offer
+from deepfusion.federation.transfer import hand_in
+folder, port, ca = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+key = identity.device_key(folder.with_name(folder.name + ".pem"))
+offer = parse_offer(folder.with_name(folder.name + ".offer").read_text())
+connection = Connection(f"127.0.0.1:{port}", key, identity.tls(ca), seconds=10)
+receipt = hand_in(connection, folder, offer, sys.stdin.read())
+status = Path("/proc/self/status").read_text()  # ru_maxrss would be that of the process that started this one
+peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+print(json.dumps({"receipt": receipt, "peak": peak}))
+"""
 
 
 def free_port() -> int:
@@ -67,6 +88,20 @@ class Device:
     def receipt(self) -> httpx.Response:
         return self.call("POST", "/v1/receipt")
 
+    def process(self, port: int | None = None) -> subprocess.Popen[str]:
+        """A device process that hands its upload in and prints {"receipt", "peak"}; peak resident memory in bytes."""
+        key = self.key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        identity.write_secret(self.folder.with_name(f"{self.name}.pem"), key)
+        self.folder.with_name(f"{self.name}.offer").write_text(self.offer.model_dump_json())
+        line = [sys.executable, "-c", _HAND_IN, self.folder, port or self.gateway.port, self.gateway.home.ca]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen([str(part) for part in line], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        assert process.stdin is not None
+        process.stdin.write(self.ticket)
+        process.stdin.close()
+        process.stdin = None
+        return process
+
     @property
     def incoming(self) -> Path:
         return self.gateway.run / "federation" / "incoming" / self.name / self.offer.digest[:16]
@@ -87,6 +122,7 @@ class Gateway:
         save_config(parse_config({"federation": federation or {}}), self.run / "config.yaml")
         self.port, self.superlink = free_port(), superlink or f"127.0.0.1:{free_port()}"
         self.context = identity.tls(self.home.ca)
+        self.connections: list[Connection] = []
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Gateway:
@@ -104,19 +140,21 @@ class Gateway:
         raise AssertionError(self.log)
 
     def end(self, number: int = signal.SIGTERM) -> None:
+        for connection in self.connections if number == signal.SIGTERM else ():
+            connection.close()  # or the gateway would wait for it
         if self.process is not None:
             self.process.send_signal(number)
             self.process.wait(30)
             self.process = None
 
     def request(self, method: str, path: str, headers: dict[str, str] | None = None, content: Any = b"") -> httpx.Response:
-        # No connection is kept, or the gateway would wait for it at its end.
         with httpx.Client(verify=self.context, trust_env=False, timeout=30) as client:
             return client.request(method, f"https://127.0.0.1:{self.port}{path}", headers=headers or {}, content=content)
 
     def connect(self, key: ec.EllipticCurvePrivateKey, port: int | None = None, **options: Any) -> Connection:
         options = {"seconds": 5.0, "patience": 60.0} | options
-        return Connection(f"127.0.0.1:{port or self.port}", key, self.context, **options)
+        self.connections.append(Connection(f"127.0.0.1:{port or self.port}", key, self.context, **options))
+        return self.connections[-1]
 
     def device(self, name: str, sizes: dict[str, int] | None = None) -> Device:
         return Device(self, name, {"model.safetensors": 300_000} if sizes is None else sizes, self.folder / "devices")
@@ -129,6 +167,69 @@ class Gateway:
     def audit(self) -> list[dict[str, Any]]:
         path = self.ledger.audit_path
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class Faults:
+    """A TCP proxy to 127.0.0.1:`port` that breaks connections at random moments, or lets nothing through for a while.
+
+    Args:
+        resets: shortest and longest time in seconds between two moments at which all connections are reset.
+    """
+
+    def __init__(self, port: int, resets: tuple[float, float] | None = None) -> None:
+        self.target, self.resets, self.passed, self.count = port, resets, 0, 0
+        self._open: set[asyncio.StreamWriter] = set()
+        self._loop = asyncio.new_event_loop()
+        self._flows = asyncio.Event()
+        self._flows.set()
+        self.port = free_port()
+        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),), daemon=True)
+        self._end = asyncio.Event()
+
+    def __enter__(self) -> Faults:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._end.set)
+        self._thread.join(10)
+
+    def swallow(self, on: bool) -> None:
+        """Let nothing through, and answer nothing; or end that."""
+        self._loop.call_soon_threadsafe(self._flows.clear if on else self._flows.set)
+
+    async def _serve(self) -> None:
+        server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
+        while not self._end.is_set():
+            pause = random.uniform(*self.resets) if self.resets else None
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._end.wait(), pause)
+            self.count += len(self._open) // 2
+            for writer in list(self._open):
+                writer.transport.abort()
+        server.close()
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        ends = {writer}
+        with contextlib.suppress(OSError, asyncio.CancelledError):
+            await self._flows.wait()
+            there, back = await asyncio.open_connection("127.0.0.1", self.target)
+            ends.add(back)
+            self._open |= ends
+            await asyncio.gather(self._pump(reader, back), self._pump(there, writer))
+        self._open -= ends
+        for end in ends:
+            end.transport.abort()
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while block := await reader.read(65536):
+            await self._flows.wait()
+            self.passed += len(block)
+            writer.write(block)
+            await writer.drain()
+        writer.close()
 
 
 def make_upload(folder: Path, device: str, sizes: dict[str, int]) -> Path:

@@ -81,16 +81,16 @@ class S3Sink:
         parts = [self._part(key, upload, file, number) for number in wanted[:_PARTS_AT_ONCE]]
         return {"part_bytes": size, "parts": parts}
 
-    def held(self, device: str, offer: Offer) -> int:
-        """Bytes of an upload that are in the store."""
-        total = 0
+    def held(self, device: str, offer: Offer) -> dict[str, int]:
+        """Bytes of the files of an upload that are in the store."""
+        held = {}
         for file in offer.files:
             key = self._key(device, offer, file)
             if key not in self._seen and file.size:
                 whole = self._object_size(key) == file.size
                 self._seen[key] = file.size if whole else sum(part["Size"] for part in self._begun(key, file)[1])
-            total += self._seen.get(key, 0)
-        return total
+            held[file.name] = self._seen.get(key, 0)
+        return held
 
     def collect(self, device: str, offer: Offer, folder: Path) -> None:
         """Put together what is whole in the store and bring it to `folder`, going on where an earlier attempt ended."""

@@ -131,7 +131,10 @@ class _Transfer:
         return bool(answer["parts"])
 
     def _read(self, file: OfferedFile, offset: int, size: int) -> Iterator[bytes]:
-        with open(self.folder / file.name, "rb") as source:
+        path = self.folder / file.name
+        if not path.is_file():
+            raise self._changed(file)
+        with open(path, "rb") as source:
             source.seek(offset)
             for begin in range(offset, offset + size, _BLOCK_BYTES):
                 wanted = min(_BLOCK_BYTES, offset + size - begin)

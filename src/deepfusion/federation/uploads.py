@@ -84,11 +84,6 @@ class Upload:
         except FileNotFoundError:
             raise Refusal(404, "not-created", f"{file.name} has not begun") from None
 
-    @property
-    def received(self) -> int:
-        """Bytes of all files that are here."""
-        return sum(_listing(self.folder).values())
-
 
 @dataclass
 class _Turn:
@@ -214,8 +209,7 @@ class Uploads:
             raise Refusal(404, "not-here", "this server has no object store")
         with self._reaching():
             answer = self.store.parts(upload.device, upload.offer, file)
-            received = upload.received + self.store.held(upload.device, upload.offer)
-        row = self.ledger.device(upload.device)
+        row, received = self.ledger.device(upload.device), self._received(upload)
         self.ledger.count(upload.device, up=max(0, received - (row.received if row else 0)))
         self.ledger.set_received(upload.device, received)
         return answer
@@ -275,8 +269,16 @@ class Uploads:
         return here.get(file.name, 0)
 
     def _tell(self, upload: Upload, each_second: Callable[[], None]) -> None:
-        self.ledger.set_received(upload.device, upload.received)
+        self.ledger.set_received(upload.device, self._received(upload))
         each_second()
+
+    def _received(self, upload: Upload) -> int:
+        here = _listing(upload.folder)
+        if self.store is None:
+            return sum(here.values())
+        with self._reaching():
+            held = self.store.held(upload.device, upload.offer)
+        return sum(max(size, here.get(name, 0)) for name, size in held.items())
 
     def _accept(self, upload: Upload) -> dict[str, Any]:
         device, offer = upload.device, upload.offer
@@ -294,7 +296,7 @@ class Uploads:
             (upload.folder / name).unlink()
         if missing or wrong:
             self.ledger.set_state(device, "uploading")
-            self.ledger.set_received(device, upload.received)
+            self.ledger.set_received(device, self._received(upload))
             code, what = ("digest-mismatch", "of another SHA-256") if wrong else ("incomplete", "not whole")
             raise Refusal(409, code, f"{', '.join(wrong or missing)[:200]}: {what}", bad=missing + wrong)
         if self.store:
