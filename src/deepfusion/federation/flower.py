@@ -8,6 +8,7 @@ token in the arguments of a process, where every user of the machine can read it
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -61,7 +62,8 @@ from deepfusion import progress
 from deepfusion.federation.connection import Connection, Refused
 
 HEARTBEAT_SECONDS = 30  # the server takes a device for gone after twice as long
-_ACTIVATION_FAILED = 412  # the server still has a session of this key
+_ACTIVATION_FAILED = 412  # the SuperLink has a session of this key, or does not know it
+_ACTIVATION_SECONDS = 90.0
 _PROTOBUF = {"content-type": "application/protobuf", "accept": "application/protobuf"}
 
 ResponseT = TypeVar("ResponseT", bound=Proto)
@@ -143,15 +145,22 @@ class Fleet:
             serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
         )
         request = ActivateNodeRequest(public_key=public, heartbeat_interval=HEARTBEAT_SECONDS)
-        try:
-            self.node = Node(node_id=self._call("activate-node", request, ActivateNodeResponse).node_id)
-        except Refused as error:
-            if error.status != _ACTIVATION_FAILED or not self.node_file.is_file():
-                raise
-            # The server still believes in the session of a process that was killed. It is ours to end.
-            old = DeactivateNodeRequest(node_id=int(self.node_file.read_text()))
-            self._call("deactivate-node", old, DeactivateNodeResponse)
-            self.node = Node(node_id=self._call("activate-node", request, ActivateNodeResponse).node_id)
+        until = time.monotonic() + _ACTIVATION_SECONDS
+        while True:
+            try:
+                self.node = Node(node_id=self._call("activate-node", request, ActivateNodeResponse).node_id)
+                break
+            except Refused as error:
+                if error.status != _ACTIVATION_FAILED or time.monotonic() > until:
+                    raise
+            if self.node_file.is_file():
+                # The server still believes in the session of a process that was killed. It is ours to end.
+                with suppress(Refused):
+                    old = DeactivateNodeRequest(node_id=int(self.node_file.read_text()))
+                    self._call("deactivate-node", old, DeactivateNodeResponse)
+                self.node_file.unlink()
+            else:
+                time.sleep(1)  # enrolled this moment, and the SuperLink is yet to hear of it
         self.node_file.write_text(str(self.node.node_id))
 
     def _beat(self) -> None:

@@ -78,7 +78,7 @@ def device_config(task: messages.Task, type: str | None) -> Config:
         InputError: the server suggests a model type that is a path on this machine: it would read and send what lies there.
     """
     values = yaml.safe_load(task.config)
-    if not isinstance(values, dict) or not set(values) <= {"seed", "precision", "data", "device"}:
+    if not isinstance(values, dict) or not set(values) <= {"seed", "precision", "checkpoint_seconds", "data", "device"}:
         raise InputError("the settings are not those of a device", where="server", code="bad-message")
     config = parse_config(values, "settings of the server")
     for name in config.device.types if type is None else ():

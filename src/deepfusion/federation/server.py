@@ -203,7 +203,7 @@ class _Services:
                 with open(self.logs / f"{name}.log", "ab") as log:
                     leashed = [sys.executable, "-m", "deepfusion.federation.leash", *command]
                     self.running[name] = subprocess.Popen(
-                        leashed, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment
+                        leashed, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment, umask=0o077
                     )
 
 

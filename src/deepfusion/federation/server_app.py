@@ -146,8 +146,8 @@ class Coordinator:
 def task_config(config: Config) -> str:
     """What a device must know of a config, as YAML: nothing of the server's data, paths and plans."""
     data = {"max_chars": config.data.max_chars, "prompt_loss_weight": config.data.prompt_loss_weight}
-    values = {"seed": config.seed, "precision": config.precision, "data": data, "device": config.device.model_dump(mode="json")}
-    return yaml.safe_dump(values, sort_keys=True)
+    values = {name: getattr(config, name) for name in ("seed", "precision", "checkpoint_seconds")}
+    return yaml.safe_dump({**values, "data": data, "device": config.device.model_dump(mode="json")}, sort_keys=True)
 
 
 def seconds(deadline: str) -> int:
