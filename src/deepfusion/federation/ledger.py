@@ -107,7 +107,9 @@ class Ledger:
 
     def device(self, device: str) -> Row | None:
         """One device, or None."""
-        return self.devices().get(device)
+        with self._open() as db:
+            row = db.execute("SELECT * FROM devices WHERE device=?", (device,)).fetchone()
+        return _row(row) if row else None
 
     def set_state(self, device: str, state: State, detail: str = "") -> None:
         """Note how far a device is. What is done or late stays so."""
@@ -130,9 +132,9 @@ class Ledger:
             )
 
     def set_received(self, device: str, received: int) -> None:
-        """Note how many bytes of the upload are here."""
+        """Note how many bytes of the upload are here; nothing changes once it has a receipt."""
         with self._open() as db:
-            db.execute("UPDATE devices SET received=? WHERE device=?", (received, device))
+            db.execute("UPDATE devices SET received=? WHERE device=? AND receipt IS NULL", (received, device))
 
     def issue(self, offer: Offer) -> str:
         """A new ticket for an offer; earlier tickets of the device become worthless.
