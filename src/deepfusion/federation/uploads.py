@@ -365,31 +365,36 @@ async def _blocks(receive: Receive, newer: asyncio.Event) -> AsyncIterator[bytes
     Raises:
         Refusal: it stalls, or a newer request waits; after all that came was given.
     """
-    loop = asyncio.get_running_loop()
-    stop: asyncio.Future[Any] = loop.create_task(newer.wait())
-    coming: asyncio.Future[MutableMapping[str, Any]] = asyncio.ensure_future(receive())
-    block, more, last = bytearray(), True, loop.time()
+    block = bytearray()
+
+    async def fill() -> bool:
+        while len(block) < _BLOCK_BYTES:
+            message = await receive()
+            block.extend(message.get("body", b""))
+            if not message.get("more_body", False):  # a broken connection has no more either
+                return False
+        return True
+
+    stop, filling = asyncio.create_task(newer.wait()), asyncio.create_task(fill())
+    more, last = True, time.monotonic()
     try:
-        while more:
-            due = loop.time() + 1
-            while more and len(block) < _BLOCK_BYTES and loop.time() < due:
-                await asyncio.wait({coming, stop}, timeout=max(0.0, due - loop.time()), return_when=asyncio.FIRST_COMPLETED)
-                if coming.done():
-                    message = coming.result()
-                    block += message.get("body", b"")
-                    more, last = message.get("more_body", False), loop.time()
-                    if more:
-                        coming = asyncio.ensure_future(receive())
-                more = more and not stop.done() and loop.time() - last < _IDLE_SECONDS
-            yield bytes(block)
+        while more and not stop.done() and time.monotonic() - last < _IDLE_SECONDS:
+            await asyncio.wait({filling, stop}, timeout=1, return_when=asyncio.FIRST_COMPLETED)
+            taken = bytes(block)
             block.clear()
-        if newer.is_set():
+            if taken:
+                last = time.monotonic()
+            if filling.done():
+                more = filling.result()
+                filling = asyncio.create_task(fill()) if more else filling
+            yield taken
+        if more and newer.is_set():
             raise Refusal(409, "taken-over", "a newer request goes on with this file")
-        if not coming.done():
+        if more:
             raise Refusal(408, "idle", f"nothing came for {_IDLE_SECONDS:.0f} seconds")
     finally:
         stop.cancel()
-        coming.cancel()
+        filling.cancel()
 
 
 def _append(path: Path, block: bytes) -> None:
