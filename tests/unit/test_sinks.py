@@ -9,7 +9,7 @@ from typing import Any
 import boto3
 import httpx
 import pytest
-from gateways import Device, Gateway
+from gateways import Device, Gateway, free_port
 from moto.server import ThreadedMotoServer
 
 from deepfusion.card import read_card, write_card
@@ -155,7 +155,25 @@ def test_bytes_do_not_come_to_the_gateway(gateway: Gateway) -> None:
     assert device.patch(WEIGHTS, 0, b"x").json()["error"]["code"] == "not-here"
 
 
-def test_the_store_is_away(gateway: Gateway, store: dict[str, Any], tmp_path: Path) -> None:
+def test_the_store_is_away_for_a_while(tmp_path: Path, store: dict[str, Any]) -> None:
+    port = free_port()
+    own = ThreadedMotoServer(port=port, verbose=False)
+    own.start()
+    own_store = store | {"endpoint": f"http://127.0.0.1:{port}"}
+    boto3.client("s3", endpoint_url=own_store["endpoint"], region_name="us-east-1").create_bucket(Bucket="uploads")
+    gateway = Gateway(tmp_path, {"sink": "s3", "s3": own_store}).start()
+    try:
+        device = gateway.device("patient", {WEIGHTS: MIB})
+        device.create(WEIGHTS)
+        own.stop()
+        answer = device.call("POST", f"/v1/uploads/{WEIGHTS}/parts")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store-away")
+        assert not any(line["event"] == "refused" for line in gateway.audit), "not its fault"
+    finally:
+        gateway.end()
+
+
+def test_a_store_that_cannot_be_used(store: dict[str, Any]) -> None:
     with pytest.raises(InputError) as caught:
         S3Sink(S3Section(bucket="other", endpoint=store["endpoint"], region="us-east-1"), "run")
     assert caught.value.code == "no-s3"

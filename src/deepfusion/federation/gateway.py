@@ -128,7 +128,8 @@ class Doorman:
         Raises:
             Refusal: the device was revoked meanwhile.
         """
-        if self.home.devices[device].revoked:
+        known = self.home.devices.get(device)
+        if known is None or known.revoked:
             raise Refusal(403, "revoked", f"{device} was shut out by the operator")
 
     def note(self, request: Request, refusal: Refusal) -> None:
@@ -305,7 +306,8 @@ def serve(
     uvicorn.run(
         app, host=host, port=port, ssl_certfile=certificate or home.certificate, ssl_keyfile=key or home.certificate_key,
         http="h11",  # bounds headers; the other one takes as many as come
-        ws="none", log_level="warning", access_log=False, server_header=False, timeout_keep_alive=75,
+        log_level="error",  # a warning for each malformed request would let strangers fill the disk
+        ws="none", access_log=False, server_header=False, timeout_keep_alive=75,
         timeout_graceful_shutdown=_GRACE_SECONDS,
     )  # fmt: skip
 

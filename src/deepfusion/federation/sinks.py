@@ -49,6 +49,8 @@ class S3Sink:
         self._starting = threading.Lock()
         settings = Settings(
             signature_version="s3v4",
+            connect_timeout=10,
+            retries={"total_max_attempts": 2},  # devices are patient and ask again
             s3={"addressing_style": "path" if config.endpoint else "auto"},  # stores of one's own seldom have names per bucket
             request_checksum_calculation="when_required",  # other stores than that of AWS refuse the newer checksums
             response_checksum_validation="when_required",
