@@ -173,7 +173,7 @@ class Faults:
     """A TCP proxy to 127.0.0.1:`port` that breaks connections at random moments, or lets nothing through for a while.
 
     Args:
-        resets: shortest and longest time in seconds between two moments at which all connections are reset.
+        resets: shortest and longest time in seconds between two moments at which all connections are reset; may be set later.
     """
 
     def __init__(self, port: int, resets: tuple[float, float] | None = None) -> None:
@@ -201,12 +201,12 @@ class Faults:
     async def _serve(self) -> None:
         server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
         while not self._end.is_set():
-            pause = random.uniform(*self.resets) if self.resets else None
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._end.wait(), pause)
-            self.count += len(self._open) // 2
-            for writer in list(self._open):
-                writer.transport.abort()
+                await asyncio.wait_for(self._end.wait(), random.uniform(*self.resets) if self.resets else 0.1)
+            if self.resets:
+                self.count += len(self._open) // 2
+                for writer in list(self._open):
+                    writer.transport.abort()
         server.close()
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()

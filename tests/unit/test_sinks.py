@@ -9,7 +9,7 @@ from typing import Any
 import boto3
 import httpx
 import pytest
-from gateways import Device, Gateway, free_port
+from gateways import Device, Faults, Gateway, free_port
 from moto.server import ThreadedMotoServer
 
 from deepfusion.card import read_card, write_card
@@ -171,6 +171,19 @@ def test_the_store_is_away_for_a_while(tmp_path: Path, store: dict[str, Any]) ->
         assert not any(line["event"] == "refused" for line in gateway.audit), "not its fault"
     finally:
         gateway.end()
+
+
+@pytest.mark.slow
+def test_a_store_behind_a_network_that_fails(tmp_path: Path, store: dict[str, Any]) -> None:
+    with Faults(httpx.URL(store["endpoint"]).port or 0) as faults:
+        gateway = Gateway(tmp_path, {"sink": "s3", "s3": store | {"endpoint": f"http://127.0.0.1:{faults.port}"}}).start()
+        try:
+            device = gateway.device("unsteady", {WEIGHTS: 64 * MIB})
+            faults.resets = (0.3, 0.6)
+            check_arrived(device, hand_in(device.connection, device.folder, device.offer, device.ticket))
+        finally:
+            gateway.end()
+    assert faults.count > 1
 
 
 def test_a_store_that_cannot_be_used(store: dict[str, Any]) -> None:
