@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import ssl
@@ -35,10 +36,11 @@ PATIENCE = 240.0
 
 
 class Process:
-    """A `deepfusion` command in the background; its output can be waited for."""
+    """A `deepfusion` command in the background, in a network namespace if `host` is given; its output can be waited for."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: object, host: str | None = None) -> None:
         line = [sys.executable, "-m", "deepfusion.cli", *map(str, arguments)]
+        line = ["ip", "netns", "exec", host, *line] if host else line
         self.process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -83,14 +85,22 @@ def wait(condition: Callable[[], Any], what: str) -> Any:
 
 
 class Federation:
-    """A server with its home, and the devices' own folders, in one temporary folder."""
+    """A server with its home, and the devices' own folders, in one temporary folder.
 
-    def __init__(self, folder: Path, zoo: dict[str, Path], **changes: Any) -> None:
+    Args:
+        host: address of the server.
+        hosts: network namespaces in which the server and devices of these names live.
+    """
+
+    def __init__(
+        self, folder: Path, zoo: dict[str, Path], host: str = "127.0.0.1", hosts: dict[str, str] | None = None, **changes: Any
+    ) -> None:
         self.folder, self.run, self.home = folder, folder / "run", Home(folder / "server")
+        self.host, self.hosts = host, hosts or {}
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        self.address = f"127.0.0.1:{self.port}"
+        self.address = f"{host}:{self.port}"
         values = {
             "family": "qwen3_moe", "experts": 3, "precision": "fp32", "jobs": 1, "checkpoint_seconds": 0.01,
             "data": {"public": ["sampled"], "sampled_documents": 4, "max_chars": 96},
@@ -103,8 +113,8 @@ class Federation:
 
     def serve(self, *options: object) -> Process:
         process = Process(
-            "server", "start", self.config, "--out", self.run, "--home", self.home.folder, "--host", "127.0.0.1",
-            "--port", self.port, "--public", "127.0.0.1", *options,
+            "server", "start", self.config, "--out", self.run, "--home", self.home.folder, "--host", self.host,
+            "--port", self.port, "--public", self.host, *options, host=self.hosts.get("server"),
         )  # fmt: skip
         self.processes.append(process)
         self.ca = process.says(r"--ca-sha256 ([0-9a-f]{64})")[1]
@@ -113,7 +123,7 @@ class Federation:
     def join(self, name: str, *options: object, server: str | None = None, ca: str | None = None) -> Process:
         process = Process(
             "device", "join", "--server", server or self.address, "--ca-sha256", ca or self.ca, "--home", self.folder / name,
-            "--out", self.folder / "uploads" / name, *options,
+            "--out", self.folder / "uploads" / name, *options, host=self.hosts.get(name),
         )  # fmt: skip
         self.processes.append(process)
         return process
@@ -239,9 +249,10 @@ def test_private_text_secrets_and_late_devices(federation, zoo, tmp_path):
     ):
         assert path.stat().st_mode & 0o077 == 0, path
 
-    late = fed.join("clinic", "--data", data, "--type", zoo["mini-gpt2"], "--json").ends(0)
+    other = write_rows(tmp_path / "other.jsonl", sentences("medicine", 40, seed=1))
+    late = fed.join("clinic", "--data", other, "--type", zoo["mini-gpt2"], "--json").ends(0)
     assert json.loads(late.splitlines()[-1])["state"] == "late"
-    again = fed.join("clinic", "--data", data, "--type", zoo["mini-gpt2"], "--json").ends(0)
+    again = fed.join("clinic", "--data", other, "--type", zoo["mini-gpt2"], "--json").ends(0)
     assert json.loads(again.splitlines()[-1]) == json.loads(late.splitlines()[-1])  # the receipt, not a second upload
     server.process.send_signal(signal.SIGINT)
     server.ends(0)
@@ -254,9 +265,69 @@ def test_private_text_secrets_and_late_devices(federation, zoo, tmp_path):
         "distill": {"base": str(zoo["qwen3_moe"]), "steps": 4, "batch_size": 4}, "tune": {"steps": 2, "batch_size": 4},
     }), "--out", tmp_path / "next")  # fmt: skip
     fuse.ends(0)
-    assert {e["device"] for e in json.loads((tmp_path / "next" / "registry.json").read_text())} | set(
-        json.loads((tmp_path / "next" / "rejected.json").read_text())
-    ) == {"ward", "clinic"}
+    assert {entry["device"] for entry in json.loads((tmp_path / "next" / "registry.json").read_text())} == {"ward", "clinic"}
+
+
+@pytest.fixture
+def hosts() -> Iterator[dict[str, str]]:
+    """Three machines on a switch, each with an address of its own: server 10.77.0.1, clinic 10.77.0.2, bank 10.77.0.3.
+
+    The clinic's link carries 5 Mbit/s each way and loses 2 % of all packets.
+    """
+    if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "tc", "nft"))):
+        pytest.skip("needs root, iproute2 and nftables")
+    names = {name: f"df-{name}" for name in ("switch", "server", "clinic", "bank")}
+    for host in names.values():
+        subprocess.run(["ip", "netns", "delete", host], capture_output=True, check=False)
+        shell(f"ip netns add {host} && ip -n {host} link set lo up")
+    shell("ip -n df-switch link add hub type bridge && ip -n df-switch link set hub up")
+    for number, name in enumerate(("server", "clinic", "bank"), start=1):
+        shell(f"ip -n df-{name} link add eth0 type veth peer name {name} netns df-switch")
+        shell(f"ip -n df-switch link set {name} master hub up && ip -n df-{name} link set eth0 up")
+        shell(f"ip -n df-{name} addr add 10.77.0.{number}/24 dev eth0")
+    slow = "root tbf rate 5mbit burst 16kb latency 200ms"
+    shell(f"tc -n df-clinic qdisc add dev eth0 {slow} && tc -n df-switch qdisc add dev clinic {slow}")
+    shell(
+        "ip netns exec df-clinic nft 'add table inet loss; add chain inet loss in { type filter hook input priority 0; };"
+        " add chain inet loss out { type filter hook output priority 0; };"
+        " add rule inet loss in numgen random mod 100 < 2 counter drop;"
+        " add rule inet loss out numgen random mod 100 < 2 counter drop'"
+    )
+    yield names
+    for host in names.values():
+        subprocess.run(["ip", "netns", "delete", host], check=True)
+
+
+def test_machines_of_their_own_and_a_slow_link_that_loses_packets_and_breaks(federation, hosts, tmp_path):
+    """Uploads that were made before, one over 5 Mbit/s with losses, cut off for 20 seconds in the middle."""
+    fed = federation(host="10.77.0.1", hosts=hosts, experts=2, federation={"wait_for": 2})
+    for name, kind in (("clinic", "tiny-gpt2"), ("bank", "tiny-llama")):
+        fed.enroll(name)
+        data = write_rows(tmp_path / f"{name}.jsonl", sentences("medicine", 40))
+        quick = ("--set", "device.steps=1", "--set", "data.max_chars=96", "--set", "precision=fp32")
+        Process("device", "train", "--data", data, "--out", tmp_path / "uploads" / name, "--type", kind, *quick).ends(0)
+    server = fed.serve()
+    clinic = fed.join("clinic", "--upload", tmp_path / "uploads" / "clinic")
+    parts = fed.run / "federation" / "incoming" / "clinic"
+    wait(lambda: any(path.stat().st_size > 200_000 for path in parts.rglob("*") if path.is_file()), "the first bytes of clinic")
+    shell("ip -n df-switch link set clinic down")
+    fed.join("bank", "--upload", tmp_path / "uploads" / "bank").ends(0)
+    time.sleep(20)
+    assert clinic.process.poll() is None
+    shell("ip -n df-switch link set clinic up")
+    clinic.ends(0)
+    server.ends(0)
+    accepted = {line["device"]: line["peer"] for line in fed.audit() if line["event"] == "accepted"}
+    assert accepted == {"clinic": "10.77.0.2", "bank": "10.77.0.3"}
+    assert {entry["device"] for entry in json.loads((fed.run / "registry.json").read_text())} == {"clinic", "bank"}
+    lost = shell("ip netns exec df-clinic nft list table inet loss")
+    assert all(int(packets) > 0 for packets in re.findall(r"packets (\d+)", lost))
+
+
+def shell(line: str) -> str:
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{line}: {done.stderr}"
+    return done.stdout
 
 
 def _secrets(fed: Federation) -> set[bytes]:

@@ -11,13 +11,16 @@ from pathlib import Path
 
 import httpx
 import pytest
+import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec
 from gateways import Device, Faults, Gateway, free_port
 
+from deepfusion.config import FederationSection
 from deepfusion.digests import sha256_file
 from deepfusion.errors import InputError
-from deepfusion.federation import identity
+from deepfusion.federation import identity, uploads
 from deepfusion.federation.connection import Connection, Refused
+from deepfusion.federation.gateway import create_app
 from deepfusion.federation.home import Home
 from deepfusion.federation.transfer import hand_in
 
@@ -151,6 +154,26 @@ def test_bytes_that_go_wrong_each_time(gateway: Gateway) -> None:
     assert not device.received.exists()
     # The first time and three times more.
     assert sum(line["event"] == "refused" and line["device"] == "hopeless" for line in gateway.audit) == 4
+
+
+def test_files_that_take_long_to_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "_ANSWER_SECONDS", 0)  # any file takes long now
+    gateway = Gateway(tmp_path)
+    app = create_app(gateway.home, gateway.run, FederationSection(), gateway.superlink)
+    certificate, key = gateway.home.certificate, gateway.home.certificate_key
+    server = uvicorn.Server(uvicorn.Config(app, port=gateway.port, ssl_certfile=certificate, ssl_keyfile=key, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        device = gateway.device("long", {WEIGHTS: MIB})
+        device.create(WEIGHTS)
+        device.patch(WEIGHTS, 0, b"wrong" * (MIB // 5))
+        check_arrived(device, hand_in(device.connection, device.folder, device.offer, device.ticket))
+    finally:
+        gateway.end()
+        server.should_exit = True
+        thread.join(30)
 
 
 @pytest.mark.parametrize("change", ["shorter", "other", "gone"])

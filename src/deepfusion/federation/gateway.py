@@ -286,7 +286,8 @@ def _add_uploads(app: FastAPI, doorman: Doorman, uploads: Uploads, config: Feder
         ticket = ticket_of(request)
         answer = await run_in_threadpool(uploads.receipt, device, ticket)
         if answer is None:
-            answer = await uploads.finish(await run_in_threadpool(uploads.open, device, ticket))
+            peer = request.client.host if request.client else None
+            answer = await uploads.finish(await run_in_threadpool(uploads.open, device, ticket), peer)
         return JSONResponse({"state": "verifying"}, 202) if answer is None else JSONResponse(answer)
 
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -57,11 +57,16 @@ def start(
         line += f" --ca-sha256 {identity.certificate_digest(home.ca.read_bytes())}"
     with _alone(home), _services(home, out, host, port, certificate, certificate_key) as services, View(ledger, home) as view:
         progress.say(f"[server] on a device: {line} --data private.jsonl")
-        view.wait(lambda: services.healthy() and ledger.closed)
-        _make_model(config, out, ledger)
+        try:
+            view.wait(lambda: services.healthy() and ledger.closed)
+            _make_model(config, out, ledger)
+        except KeyboardInterrupt:
+            progress.say("[server] stopped; the same command goes on with this run")
+            raise
         if stay:
             progress.say("[server] the model is made; late uploads are kept until you press Ctrl-C")
-            view.wait(lambda: not services.healthy())
+            with suppress(KeyboardInterrupt):
+                view.wait(lambda: not services.healthy())
     _keep_late(out, ledger)
 
 
@@ -69,6 +74,7 @@ def _make_model(config: Config, out: Path, ledger: Ledger) -> None:
     from deepfusion import pipeline  # the model framework: not before there is work for it
 
     done = [row for row in ledger.devices().values() if row.state == "done"]
+    progress.say(f"[server] {len(done)} uploads are in, the run begins; whoever comes now is late")
     if len(done) < config.experts:
         fix = "--set experts=N, or wait longer: --set federation.deadline=LATER"
         what = f"{len(done)} uploads came, fewer than experts={config.experts}"

@@ -140,7 +140,6 @@ class Coordinator:
         over = federation.deadline is not None and time.time() >= began + seconds(federation.deadline)
         if enough or over:
             self.ledger.close()
-            progress.say(f"[server] {done} uploads are in: {'enough' if enough else 'the deadline has passed'}")
 
 
 def task_config(config: Config) -> str:

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -214,8 +215,11 @@ class Uploads:
         self.ledger.set_received(upload.device, received)
         return answer
 
-    async def finish(self, upload: Upload) -> dict[str, Any] | None:
+    async def finish(self, upload: Upload, peer: str | None) -> dict[str, Any] | None:
         """Verify all files and move them to where the run finds them.
+
+        Args:
+            peer: address that the upload came from, for the audit log.
 
         Returns:
             The receipt, or None if it is not ready after some seconds: ask again.
@@ -225,13 +229,11 @@ class Uploads:
         """
         working = self._verifying.get(upload.folder)
         if working is None:
-            working = asyncio.get_running_loop().run_in_executor(self._hashing, self._accept, upload)
+            working = asyncio.get_running_loop().run_in_executor(self._hashing, self._accept, upload, peer)
             self._verifying[upload.folder] = working
+            working.add_done_callback(partial(self._verified, upload))
         done, _ = await asyncio.wait({working}, timeout=_ANSWER_SECONDS)
-        if not done:
-            return None
-        self._verifying.pop(upload.folder, None)
-        return working.result()
+        return working.result() if done else None
 
     def _ticket(self, device: str, text: str | None) -> Ticket:
         if text is None:
@@ -280,7 +282,12 @@ class Uploads:
             held = self.store.held(upload.device, upload.offer)
         return sum(max(size, here.get(name, 0)) for name, size in held.items())
 
-    def _accept(self, upload: Upload) -> dict[str, Any]:
+    def _verified(self, upload: Upload, working: asyncio.Future[dict[str, Any]]) -> None:
+        # Whoever asks after this finds the receipt in the ledger, or the wrong files gone.
+        del self._verifying[upload.folder]
+        working.exception()  # or Python complains when nobody asks
+
+    def _accept(self, upload: Upload, peer: str | None) -> dict[str, Any]:
         device, offer = upload.device, upload.offer
         self.ledger.set_state(device, "verifying")
         if self.store:
@@ -303,12 +310,12 @@ class Uploads:
             with self._reaching():
                 self.store.forget(device)
         with self._moving:
-            receipt = self._move(upload)
+            receipt = self._move(upload, peer)
         for file in offer.files:
             self._sound.pop(upload.folder / file.name, None)
         return receipt
 
-    def _move(self, upload: Upload) -> dict[str, Any]:
+    def _move(self, upload: Upload, peer: str | None) -> dict[str, Any]:
         device, offer, moved = upload.device, upload.offer, self.received / upload.device
         # Until the ledger knows, nothing has happened: after a crash in between, `_settle` moves the folder back.
         self._known.pop((device, offer.digest), None)
@@ -318,7 +325,7 @@ class Uploads:
             _sync(folder)
         facts = {"digest": offer.digest, "size": offer.size, "files": len(offer.files)}
         receipt = self.ledger.finish(device, {"device": device, **facts, "received_at": now(), "server_version": __version__})
-        self.ledger.audit("accepted", device=device, peer=None, state=receipt["state"], **facts)
+        self.ledger.audit("accepted", device=device, peer=peer, state=receipt["state"], **facts)
         upload.folder.parent.rmdir()
         return receipt
 
