@@ -67,8 +67,8 @@ def reply_receipt(message: Message, receipt: dict[str, Any]) -> Message:
 
 
 def reply_refusal(message: Message, error: InputError) -> Message:
-    """Say why the device cannot do what it was asked."""
-    return Message(_content(**_error(error)), reply_to=message)
+    """Say that the device cannot do what it was asked: the code of the error only, for its text may quote private data."""
+    return Message(_content(what="the device has stopped; its owner sees why", code=error.code), reply_to=message)
 
 
 def read(message: Message) -> Answer:

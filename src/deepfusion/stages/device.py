@@ -148,6 +148,7 @@ def train_device(
         torch.nn.Module.to(student, where)
     before = _loss(student, tokenizer, held_out, config)
     adapter = None
+    public_name = Path(device.type).name if Path(device.type).exists() else device.type  # a path may name the device's owner
     if method != "full":
         torch.manual_seed(config.seed)
         adapter = get_peft_model(
@@ -176,14 +177,14 @@ def train_device(
     student.eval()
     after = _loss(student, tokenizer, held_out, config)
     with whole_folder(upload) as part:
-        _save_weights(student, adapter, base, part)
+        _save_weights(student, adapter, base, part, device.type)
         tokenizer.save_pretrained(part)
         card = Card(
             device=name,
-            type=Path(device.type).name if Path(device.type).exists() else device.type,
+            type=public_name,
             model_class=type(student).__name__,
             signature=models.type_signature(part, models.base_digest(device.type)),
-            base=device.type,
+            base=public_name if method == "full" else device.type,  # the server needs the place for adapters only
             base_digest=models.base_digest(device.type),
             method=method,
             embedding=embed([e.text for e in private], config.device.encoder, config.device.embedding_size).tolist(),
@@ -202,12 +203,13 @@ def train_device(
     return {"loss_before": before, "loss_after": after}
 
 
-def _save_weights(student: PreTrainedModel, adapter: Any, base: str, folder: Path) -> None:
+def _save_weights(student: PreTrainedModel, adapter: Any, base: str, folder: Path, name: str) -> None:
     if adapter is None:
         torch.nn.Module.to(student, _stored_dtype(base))
         student.save_pretrained(folder)
         return
     settings = adapter.peft_config["default"]
+    settings.base_model_name_or_path = name  # not where it lies on this device
     settings.target_modules = sorted(settings.target_modules or ())  # a set, whose order differs between processes
     adapter.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card names local paths
