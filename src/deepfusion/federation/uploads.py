@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -231,9 +230,12 @@ class Uploads:
         if working is None:
             working = asyncio.get_running_loop().run_in_executor(self._hashing, self._accept, upload, peer)
             self._verifying[upload.folder] = working
-            working.add_done_callback(partial(self._verified, upload))
+            working.add_done_callback(lambda done: done.exception())  # or Python complains when nobody asks again
         done, _ = await asyncio.wait({working}, timeout=_ANSWER_SECONDS)
-        return working.result() if done else None
+        if not done:
+            return None
+        self._verifying.pop(upload.folder, None)  # not before somebody was told
+        return working.result()
 
     def _ticket(self, device: str, text: str | None) -> Ticket:
         if text is None:
@@ -281,11 +283,6 @@ class Uploads:
         with self._reaching():
             held = self.store.held(upload.device, upload.offer)
         return sum(max(size, here.get(name, 0)) for name, size in held.items())
-
-    def _verified(self, upload: Upload, working: asyncio.Future[dict[str, Any]]) -> None:
-        # Whoever asks after this finds the receipt in the ledger, or the wrong files gone.
-        del self._verifying[upload.folder]
-        working.exception()  # or Python complains when nobody asks
 
     def _accept(self, upload: Upload, peer: str | None) -> dict[str, Any]:
         device, offer = upload.device, upload.offer
