@@ -13,7 +13,7 @@ import httpx
 import pytest
 import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec
-from gateways import Device, Faults, Gateway, free_port
+from gateways import Device, Faults, Gateway, free_port, make_card, offer_of
 
 from deepfusion.config import FederationSection
 from deepfusion.digests import sha256_file
@@ -94,7 +94,7 @@ def test_a_network_that_swallows_everything(gateway: Gateway, capfd: pytest.Capt
         thread.join()
     said = capfd.readouterr().err
     assert f"[device] no connection to 127.0.0.1:{faults.port} for 0:0" in said
-    assert f"[device] connected to 127.0.0.1:{faults.port} again" in said
+    assert f"[device] goes on at 127.0.0.1:{faults.port}\n" in said
 
 
 @pytest.mark.slow
@@ -161,7 +161,9 @@ def test_files_that_take_long_to_verify(tmp_path: Path, monkeypatch: pytest.Monk
     gateway = Gateway(tmp_path)
     app = create_app(gateway.home, gateway.run, FederationSection(), gateway.superlink)
     certificate, key = gateway.home.certificate, gateway.home.certificate_key
-    server = uvicorn.Server(uvicorn.Config(app, port=gateway.port, ssl_certfile=certificate, ssl_keyfile=key, log_level="error"))
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=gateway.port, ssl_certfile=certificate, ssl_keyfile=key, log_level="error", ws="none")
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -222,6 +224,18 @@ def test_patience_ends(gateway: Gateway, capfd: pytest.CaptureFixture[str]) -> N
         connection.patiently(lambda: connection.call("GET", "/v1/health"))
     assert caught.value.code == "no-server"
     assert capfd.readouterr().err.count(f"no connection to 127.0.0.1:{port} for 0:00, still trying (") == 1
+
+
+def test_a_full_server_is_waited_for(gateway: Gateway, capfd: pytest.CaptureFixture[str]) -> None:
+    device = gateway.device("huge")
+    files = [file.model_dump() for file in device.offer.files]
+    device.offer = offer_of(make_card("huge"), [files[0], {**files[1], "size": 10**15}])
+    ticket, impatient = gateway.ledger.issue(device.offer), gateway.connect(device.key, patience=0.5)
+    with pytest.raises(InputError) as caught:
+        hand_in(impatient, device.folder, device.offer, ticket)
+    assert "no room" in str(caught.value)
+    said = capfd.readouterr().err
+    assert f"[device] cannot go on at 127.0.0.1:{gateway.port} for 0:00, still trying (the server has no room" in said
 
 
 def test_a_server_that_is_away_is_waited_for(gateway: Gateway) -> None:

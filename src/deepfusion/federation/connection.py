@@ -18,7 +18,7 @@ from deepfusion.federation import identity
 PATIENCE_SECONDS = 24 * 3600.0
 _CONNECT_SECONDS, _ANSWER_SECONDS = 15.0, 60.0
 _LONGEST_PAUSE, _TELL_SECONDS = 30.0, 60.0
-_AWAY = (502, 503, 504)
+_AWAY = (502, 503, 504, 507)  # 507: the operator has to make room
 
 T = TypeVar("T")
 
@@ -112,13 +112,13 @@ class Connection:
                     raise identity.unreachable(self.server, error) from None
                 if told < 0 or away - told >= _TELL_SECONDS:
                     told, reason = away, str(error) or type(error).__name__
-                    lost = f"no connection to {self.server} for {progress.duration(away)}"
-                    progress.say(f"[device] {lost}, still trying ({reason})")
+                    lost = "cannot go on at" if isinstance(error, Away) else "no connection to"
+                    progress.say(f"[device] {lost} {self.server} for {progress.duration(away)}, still trying ({reason})")
                 time.sleep(min(pause * random.uniform(0.5, 1), self.patience - away))
                 pause = min(2 * pause, _LONGEST_PAUSE)
             else:
                 if told >= 0:
-                    progress.say(f"[device] connected to {self.server} again")
+                    progress.say(f"[device] goes on at {self.server}")
                 return result
 
     def close(self) -> None:
