@@ -318,12 +318,16 @@ def test_revoked_in_the_middle_of_an_upload(gateway: Gateway) -> None:
 def test_a_new_offer_replaces_the_old_one(gateway: Gateway) -> None:
     device = gateway.device("changed")
     device.send_all()
-    old = device.incoming
+    old, first = device.incoming, (device.offer, device.folder)
     device.folder = make_upload(gateway.folder / "devices" / "changed-2", "changed", {WEIGHTS: 1000})
     device.offer = read_offer(device.folder)
     device.ticket = gateway.ledger.issue(device.offer)
     device.send_all()
     assert not old.exists()
+    device.offer, device.folder = first
+    device.ticket = gateway.ledger.issue(device.offer)
+    assert device.create(WEIGHTS).headers["Upload-Offset"] == "0", "and back again"
+    device.send_all()
     assert device.receipt().json()["digest"] == device.offer.digest
     assert read_card(device.received).files == read_card(device.folder).files
 

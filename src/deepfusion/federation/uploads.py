@@ -103,7 +103,7 @@ class Uploads:
     def __init__(self, run: Path, ledger: Ledger, store: S3Sink | None) -> None:
         self.incoming, self.received = run / "federation" / "incoming", run / "federation" / "received"
         self.ledger, self.store = ledger, store
-        self._known: dict[tuple[str, str], Upload] = {}
+        self._current: dict[str, Upload] = {}
         self._turns: dict[Path, _Turn] = {}
         self._sound: dict[Path, tuple[int, int]] = {}
         self._verifying: dict[Path, asyncio.Future[dict[str, Any]]] = {}
@@ -119,17 +119,14 @@ class Uploads:
             Refusal: no such ticket, or it is of another device or spent.
         """
         ticket = self._ticket(device, text)
-        key = (device, ticket.digest)
         with self._moving:
-            row = self.ledger.device(device)
-            if ticket.spent or row is None or row.receipt or row.offer is None or row.offer.digest != ticket.digest:
-                raise Refusal(403, "ticket-spent", "this ticket was used before, or there is a newer one")
-            if key not in self._known:
-                upload = Upload(device, row.offer, self.incoming / device / ticket.digest[:16])
+            offer = self._wanted(device, "" if ticket.spent else ticket.digest)
+            upload = Upload(device, offer, self.incoming / device / ticket.digest[:16])
+            if self._current.get(device) != upload:
                 self._settle(upload)
-                self._known[key] = upload
+                self._current[device] = upload
                 self.ledger.set_state(device, "uploading")
-            return self._known[key]
+            return upload
 
     def receipt(self, device: str, text: str | None) -> dict[str, Any] | None:
         """What the device was told when this offer was accepted, or None if it was not yet. The ticket may be spent.
@@ -247,6 +244,13 @@ class Uploads:
             raise Refusal(403, "ticket-foreign", "this ticket was issued to another device")
         return ticket
 
+    def _wanted(self, device: str, digest: str) -> Offer:
+        """The offer of this digest, if it is the one that the device is to hand in."""
+        row = self.ledger.device(device)
+        if row is None or row.receipt or row.offer is None or row.offer.digest != digest:
+            raise Refusal(403, "ticket-spent", "this ticket was used before, or there is a newer one")
+        return row.offer
+
     def _settle(self, upload: Upload) -> None:
         """Make the folder of an upload, remove those of earlier offers, and undo an acceptance that a crash cut short."""
         home = upload.folder.parent
@@ -314,8 +318,9 @@ class Uploads:
 
     def _move(self, upload: Upload, peer: str | None) -> dict[str, Any]:
         device, offer, moved = upload.device, upload.offer, self.received / upload.device
+        self._wanted(device, offer.digest)  # the device may have made another offer while this one was verified
         # Until the ledger knows, nothing has happened: after a crash in between, `_settle` moves the folder back.
-        self._known.pop((device, offer.digest), None)
+        self._current.pop(device, None)
         shutil.rmtree(moved, ignore_errors=True)
         upload.folder.rename(moved)
         for folder in (moved, self.received, upload.folder.parent):
