@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,10 @@ def test_no_untrusted_code(path: Path) -> None:
         if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
             assert isinstance(node.value, ast.Constant)
             assert node.value.value is False
+
+
+@pytest.mark.parametrize("module", ["server", "join", "gateway", "coordinator"])
+def test_moving_uploads_needs_no_model_framework(module: str) -> None:
+    check = f"import sys, deepfusion.cli, deepfusion.federation.{module}; print({{'torch', 'transformers'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -100,8 +100,9 @@ def _codes_of_the_source() -> set[str]:
     for path in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Call):
-                is_problem = isinstance(node.func, ast.Name) and node.func.id == "Problem"
-                given = [keyword.value for keyword in node.keywords if keyword.arg == "code"] + node.args[:1] * is_problem
+                place = {"Problem": 0, "Refusal": 1}.get(node.func.id) if isinstance(node.func, ast.Name) else None
+                given = [keyword.value for keyword in node.keywords if keyword.arg == "code"]
+                given += [] if place is None else node.args[place : place + 1]
                 codes |= {text for expression in given for text in _texts(expression)}
     return codes
 

@@ -8,11 +8,13 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
+
 from deepfusion import progress
 from deepfusion.federation.flower import serve_app
 from deepfusion.federation.home import Home
 from deepfusion.federation.server_app import app
-from deepfusion.federation.superlink import FlowerError, SuperLink, wait_for
+from deepfusion.federation.superlink import SuperLink, wait_for
 
 ENROLMENT_SECONDS = 2.0  # how soon a device that was enrolled just now may come
 
@@ -45,7 +47,7 @@ def _follow_enrolment(link: SuperLink) -> None:
         try:
             link.register()
             known = link.home.devices
-        except FlowerError as error:
+        except httpx.HTTPError as error:
             print(error, file=sys.stderr)
 
 

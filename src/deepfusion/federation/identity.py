@@ -59,6 +59,12 @@ def public_line(key: ec.EllipticCurvePublicKey) -> str:
     return key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
 
 
+def public_pem(line: str) -> bytes:
+    """A line of OpenSSH as PEM, as Flower knows keys."""
+    key = parse_public_line(line)
+    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
 def parse_public_line(line: str) -> ec.EllipticCurvePublicKey:
     """The inverse of `public_line`; a comment after the key is ignored.
 

@@ -13,7 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deepfusion.federation.home import Enrolled, Home
+import httpx
+
+from deepfusion.federation.flower import register_devices
+from deepfusion.federation.home import Home
+from deepfusion.federation.identity import public_pem
 
 _APP = """\
 [project]
@@ -41,7 +45,6 @@ class SuperLink:
 
     def __init__(self, home: Home, address: str) -> None:
         self.home, self.address = home, address
-        self._nodes_file = home.folder / "nodes.json"
 
     def command(self) -> list[str]:
         """What starts it. No secret is among the arguments, only the files that hold them."""
@@ -58,16 +61,13 @@ class SuperLink:
         return {**os.environ, "FLWR_HOME": str(self.home.flower), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
     def register(self) -> None:
-        """Make the devices that the SuperLink knows those that are enrolled."""
-        nodes = json.loads(self._nodes_file.read_text("utf-8")) if self._nodes_file.is_file() else {}
-        wanted = {name: device for name, device in self.home.devices.items() if not device.revoked}
-        for name in [name for name, node in nodes.items() if name not in wanted or wanted[name].key != node["key"]]:
-            self._flwr("supernode", "unregister", str(nodes[name]["node"]))
-            del nodes[name]
-            self._keep(nodes)
-        for name in sorted(set(wanted) - set(nodes)):
-            nodes[name] = {"key": wanted[name].key, "node": self._register(wanted[name])}
-            self._keep(nodes)
+        """Make the devices that the SuperLink knows those that are enrolled.
+
+        Raises:
+            httpx.HTTPError: it does not answer.
+        """
+        enrolled = [device for device in self.home.devices.values() if not device.revoked]
+        register_devices(self.address, self.home.ca, {device.device: public_pem(device.key) for device in enrolled})
 
     def submit(self) -> None:
         """Create the run in which the ServerApp will work."""
@@ -78,16 +78,6 @@ class SuperLink:
         (app / "README.md").write_text("DeepFusion federation\n")
         (app / "LICENSE").write_text("Apache-2.0\n")
         self._flwr("run", str(app))
-
-    def _register(self, device: Enrolled) -> str:
-        key = self.home.folder / "register.pub"
-        key.write_text(device.key + "\n")
-        return str(self._flwr("supernode", "register", str(key), "--name", device.device)["node-id"])
-
-    def _keep(self, nodes: dict[str, Any]) -> None:
-        part = self._nodes_file.with_suffix(".part")
-        part.write_text(json.dumps(nodes, indent=1))
-        os.replace(part, self._nodes_file)
 
     def _flwr(self, *arguments: str) -> dict[str, Any]:
         """One call of Flower's command line.
@@ -128,7 +118,7 @@ def wait_for(link: SuperLink, seconds: float = 60) -> None:
     while True:
         try:
             return link.register()
-        except FlowerError:
+        except httpx.HTTPError:
             if time.monotonic() > until:
                 raise
-            time.sleep(1)
+            time.sleep(0.5)
