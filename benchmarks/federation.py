@@ -39,7 +39,7 @@ def main() -> None:
     print(f"Nothing is trained, uploads of {UPLOAD_BYTES / 2**20:.0f} MiB are ready.\n")
     print("| 128 simulated devices, embedded | |\n|---|---|")
     print(f"| seconds, all of it | {simulated['seconds']:.2f} |")
-    print(f"| of which messages | {simulated['messages']} |")
+    print(f"| messages, both ways | {simulated['messages']} |")
     print(f"| memory after the imports (with the model framework) | {simulated['before'] / 2**20:.0f} MiB |")
     print(f"| peak memory | {simulated['peak'] / 2**20:.0f} MiB |\n")
     print(f"| a real server, {REAL} devices over TLS | peak resident memory |\n|---|---|")

@@ -77,7 +77,10 @@ def device_config(task: messages.Task, type: str | None) -> Config:
     Raises:
         InputError: the server suggests a model type that is a path on this machine: it would read and send what lies there.
     """
-    values = yaml.safe_load(task.config)
+    try:
+        values = yaml.safe_load(task.config)
+    except yaml.YAMLError:
+        values = None
     if not isinstance(values, dict) or not set(values) <= {"seed", "precision", "checkpoint_seconds", "data", "device"}:
         raise InputError("the settings are not those of a device", where="server", code="bad-message")
     config = parse_config(values, "settings of the server")

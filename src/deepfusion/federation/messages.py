@@ -90,11 +90,21 @@ def read(message: Message) -> Answer:
     if "ticket" in values:
         return Answer(ticket=values["ticket"])
     if "receipt" in values:
-        return Answer(receipt=json.loads(values["receipt"]))
+        return Answer(receipt=_read_receipt(values["receipt"]))
     if "code" in values:
         fields = {key: values[key][:2000] for key in ("where", "allowed", "fix") if key in values}
         return Answer(refusal=InputError(values.get("what", "")[:2000], code=values["code"][:60], **fields))
     raise InputError("a message that this version does not know", where="server", code="bad-message")
+
+
+def _read_receipt(text: str) -> dict[str, Any]:
+    try:
+        receipt = json.loads(text)
+    except (ValueError, RecursionError):
+        receipt = None
+    if not isinstance(receipt, dict) or not {"device", "digest", "size", "state"} <= set(receipt):
+        raise InputError("not a receipt", where="server", code="bad-message")
+    return receipt
 
 
 def _content(**values: str) -> RecordDict:

@@ -129,6 +129,8 @@ class Coordinator:
         self.ledger.audit("refused", device=device, code=error.code, message=str(error))
         progress.say(f"[{device}] rejected: {error}")
         self._send(node, messages.refusal(node, error))
+        del self.pending[node]  # its answer would say no more
+        self.dismissed[node] = time.time()
 
     def _close_if_enough(self) -> None:
         if self.ledger.closed:
