@@ -17,7 +17,6 @@ from deepfusion.federation.home import Home
 from deepfusion.federation.ledger import Ledger, Row
 
 OFFLINE_SECONDS = 90.0
-PAUSE_SECONDS = 1.0
 _OVER = ("done", "late", "rejected", "failed")
 
 
@@ -26,10 +25,11 @@ class View:
 
     Args:
         home: whose enrolled devices are shown before they were ever seen.
+        pause: seconds between two looks.
     """
 
-    def __init__(self, ledger: Ledger, home: Home) -> None:
-        self.ledger, self.home = ledger, home
+    def __init__(self, ledger: Ledger, home: Home, pause: float = 1.0) -> None:
+        self.ledger, self.home, self.pause = ledger, home, pause
         self._console = Console(stderr=True)
         self._live = Live(console=self._console, auto_refresh=False, transient=True) if sys.stderr.isatty() else None
         self._shown: dict[str, str] = {}
@@ -54,7 +54,7 @@ class View:
     def _loop(self, until: Callable[[], bool | None]) -> None:
         while not until():
             self._show()
-            time.sleep(PAUSE_SECONDS)
+            time.sleep(self.pause)
 
     def _show(self) -> None:
         rows = self.ledger.devices()
