@@ -3,8 +3,9 @@
 `python benchmarks/transfer.py --uploads 20 > benchmarks/transfer.md`
 
 Gateway and devices are processes of their own, as in a real federation. The network between them is a TCP proxy that resets
-all connections at random moments; in one upload it lets nothing through for a minute, in another the gateway is killed and
-started again. An upload counts as arrived when the receipt is there and the SHA-256 of every file is that of the offer.
+all connections at random moments; besides, in the middle of each upload the gateway is killed and started again, and later
+the proxy lets nothing through for a minute. An upload counts as arrived when the receipt is there and the SHA-256 of every
+file is that of the offer.
 """
 
 from __future__ import annotations
@@ -66,7 +67,6 @@ class Peaks:
 class Outcome:
     """One upload through the failing network."""
 
-    event: str
     seconds: float
     resets: int
     sent_bytes: int
@@ -79,6 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--uploads", type=int, default=20, help="through the failing network")
     parser.add_argument("--megabytes", type=int, default=200, help="of each of them")
+    parser.add_argument("--outage-seconds", type=float, default=60, help="in each of them")
     parser.add_argument("--large-megabytes", type=int, default=2200, help="of the one without failures")
     given = parser.parse_args()
     random.seed(0)
@@ -86,9 +87,8 @@ def main() -> None:
         gateway = Gateway(Path(folder)).start()
         try:
             report_large(gateway, given.large_megabytes * 10**6)
-            events = ["the gateway killed and started again", "nothing gets through for 60 s"]
-            events += ["resets"] * (given.uploads - len(events))
-            report_faults([faulty(gateway, f"d{i:02d}", given.megabytes * 10**6, event) for i, event in enumerate(events)])
+            outcomes = [faulty(gateway, f"d{i:02d}", given.megabytes * 10**6, given.outage_seconds) for i in range(given.uploads)]
+            report_faults(outcomes, given.outage_seconds)
         finally:
             gateway.end()
 
@@ -119,23 +119,20 @@ def report_large(gateway: Gateway, size: int) -> None:
     clear(device)
 
 
-def faulty(gateway: Gateway, name: str, size: int, event: str) -> Outcome:
-    """One upload through resets every 0.2 to 1 s, and `event` when a third of it is there."""
+def faulty(gateway: Gateway, name: str, size: int, outage_seconds: float) -> Outcome:
+    """One upload through resets every 0.2 to 1 s; the gateway is killed in its first half, nothing gets through in its second."""
     device = prepare(gateway, name, size)
     begin = time.perf_counter()
     with Faults(gateway.port, resets=(0.2, 1.0)) as faults:
         process = device.process(faults.port)
-        if event != "resets":
-            while not (device.incoming / WEIGHTS).exists() or (device.incoming / WEIGHTS).stat().st_size < size / 3:
-                time.sleep(0.01)
-            if event.startswith("nothing"):
-                faults.swallow(True)
-                time.sleep(60)
-                faults.swallow(False)
-            else:
-                gateway.end(signal.SIGKILL)
-                time.sleep(2)
-                gateway.start()
+        wait_for(device, random.uniform(0.1, 0.4) * size)
+        gateway.end(signal.SIGKILL)
+        time.sleep(2)
+        gateway.start()
+        wait_for(device, random.uniform(0.5, 0.8) * size)
+        faults.swallow(True)
+        time.sleep(outage_seconds)
+        faults.swallow(False)
         _, errors = process.communicate()
     seconds = time.perf_counter() - begin
     accepted = process.returncode == 0
@@ -143,22 +140,30 @@ def faulty(gateway: Gateway, name: str, size: int, event: str) -> Outcome:
         print(errors, file=sys.stderr)
     right = accepted and arrived_right(device)
     clear(device)
-    print(f"{name} {event}: {seconds:.1f} s, {'right' if right else 'NOT RIGHT'}", file=sys.stderr)
-    return Outcome(event, seconds, faults.count, faults.passed, accepted, right)
+    print(f"{name}: {seconds:.1f} s, {'right' if right else 'NOT RIGHT'}", file=sys.stderr)
+    return Outcome(seconds, faults.count, faults.passed, accepted, right)
 
 
-def report_faults(outcomes: list[Outcome]) -> None:
+def wait_for(device: Device, size: float) -> None:
+    """Until so many bytes of the weights are here."""
+    part = device.incoming / WEIGHTS
+    while not part.exists() or part.stat().st_size < size:
+        time.sleep(0.01)
+
+
+def report_faults(outcomes: list[Outcome], outage_seconds: float) -> None:
     """The table of the failing network."""
     right = sum(outcome.right for outcome in outcomes)
     wrong = sum(outcome.accepted and not outcome.right for outcome in outcomes)
-    print("## A network that fails\n\nAll connections are reset every 0.2 to 1 s.\n")
+    times, sent = [outcome.seconds for outcome in outcomes], [outcome.sent_bytes / 1e6 for outcome in outcomes]
+    print("## A network that fails\n")
+    print("In each upload all connections are reset every 0.2 to 1 s, the gateway is killed (SIGKILL) and started again after 2 s,")
+    print(f"and nothing gets through for {outage_seconds:.0f} s.\n")
     print(f"**{right} of {len(outcomes)} uploads arrived with every SHA-256 right; {wrong} accepted that were not.**\n")
-    print("| | uploads | median s | slowest s | connections reset | MB through the proxy, median |\n|---|---|---|---|---|---|")
-    for event in dict.fromkeys(outcome.event for outcome in outcomes):
-        of_it = [outcome for outcome in outcomes if outcome.event == event]
-        times = [outcome.seconds for outcome in of_it]
-        resets, sent = sum(outcome.resets for outcome in of_it), median(outcome.sent_bytes for outcome in of_it) / 1e6
-        print(f"| {event} | {len(of_it)} | {median(times):.1f} | {max(times):.1f} | {resets} | {sent:.0f} |")
+    print("| | median | largest |\n|---|---|---|")
+    print(f"| seconds | {median(times):.1f} | {max(times):.1f} |")
+    print(f"| connections reset | {median(o.resets for o in outcomes):.0f} | {max(o.resets for o in outcomes)} |")
+    print(f"| MB through the proxy | {median(sent):.0f} | {max(sent):.0f} |")
     print("\nMade by `python benchmarks/transfer.py --uploads 20 > benchmarks/transfer.md`.")
 
 

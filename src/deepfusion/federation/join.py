@@ -115,7 +115,7 @@ def join(
     connection = Connection(server, key, context)
     device = LocalDevice(connection, folder, data, type, memory)
     try:
-        return _visit(Visit(device), Fleet(connection, home / f"node-{server.replace(':', '-')}"))
+        return _visit(Visit(device), Fleet(connection, home / "node"))
     except Refused as error:
         if error.code == "not-enrolled":
             fix = f"give the operator this line: deepfusion server enroll NAME '{identity.public_line(key.public_key())}'"
