@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -230,17 +230,27 @@ def check_same_tensors(readers: Sequence[TensorReader]) -> None:
 
 
 def mean_tensor(readers: Sequence[TensorReader], name: str) -> torch.Tensor:
-    """Element-wise mean of one tensor over checkpoints [DF eq. 13], in the first one's dtype.
+    """Element-wise mean of one tensor over checkpoints [DF eq. 13], in the first one's dtype."""
+    return mean_of((reader.get(name) for reader in readers), [1.0] * len(readers), readers[0].dtype(name))
 
-    Accumulates in fp32 and casts once; holds two fp32 tensors, however many readers there are. It sums the differences
-    to the first checkpoint, so that the mean of identical tensors is bit-identical to them.
+
+def mean_of(tensors: Iterable[torch.Tensor], weights: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+    """Weighted element-wise mean of tensors of one shape, accumulated in fp32 and cast once to `dtype`.
+
+    Holds two fp32 tensors, however many there are. It sums the differences to the first tensor, so that the mean of
+    identical tensors is bit-identical to them.
+
+    Args:
+        tensors: at least one.
+        weights: one for each, positive; only their ratios count.
     """
-    first = readers[0].get(name)
-    origin = first.float()
+    scale = len(weights) / sum(weights)  # weights around 1: equal ones change no bit
+    rest = iter(tensors)
+    origin = next(rest).float()
     shift = torch.zeros_like(origin)
-    for reader in readers[1:]:
-        shift += reader.get(name).float() - origin
-    return (origin + shift / len(readers)).to(first.dtype)
+    for tensor, weight in zip(rest, weights[1:], strict=True):
+        shift += (tensor.float() - origin) * (weight * scale)
+    return (origin + shift / len(weights)).to(dtype)
 
 
 @contextmanager

@@ -101,6 +101,9 @@ class ClusteringSection(Section):
 
     assignment: Literal["kmeans", "random"] = Field("kmeans", description="random is a control")
     restarts: int = Field(10, ge=1, description="K-means restarts")
+    average: Literal["uniform", "tokens"] = Field(
+        "uniform", description="weight of a device in the mean of its cluster: all alike (paper), or by its private tokens"
+    )
 
 
 class VAASection(Section):
@@ -239,8 +242,16 @@ class Config(Section):
 
 # What a recipe sets; a file or --set may still say otherwise.
 RECIPES: dict[str, dict[str, Any]] = {
-    "paper": {"distill": {"trunk_share": 0.0, "train": "all"}, "tune": {"teachers": False, "train_experts": False}},
-    "fused": {"distill": {"trunk_share": 1.0, "train": "ffn", "alpha": 0.0}, "tune": {"teachers": True, "train_experts": True}},
+    "paper": {
+        "clustering": {"average": "uniform"},
+        "distill": {"trunk_share": 0.0, "train": "all"},
+        "tune": {"teachers": False, "train_experts": False},
+    },
+    "fused": {
+        "clustering": {"average": "tokens"},
+        "distill": {"trunk_share": 1.0, "train": "ffn", "alpha": 0.0},
+        "tune": {"teachers": True, "train_experts": True},
+    },
 }
 
 

@@ -66,7 +66,7 @@ STAGES = (
     Stage("cluster", cluster.run, {"registry": "registry.json"}, ("clusters.json",), ("seed", "experts", "clustering")),
     Stage(
         "proxy", proxy.run,
-        {"uploads": "uploads", "registry": "registry.json", "clusters": "clusters.json"}, ("proxies",), (),
+        {"uploads": "uploads", "registry": "registry.json", "clusters": "clusters.json"}, ("proxies",), ("clustering.average",),
     ),
     Stage(
         "distill", distill.run, {"proxies": "proxies"}, ("bases",),

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from deepfusion.checkpoints import TensorReader, TensorWriter, check_same_tensors, copy_tokenizer, mean_tensor
+from deepfusion.checkpoints import TensorReader, TensorWriter, check_same_tensors, copy_tokenizer, mean_of, mean_tensor
 from deepfusion.digests import folder_digest, sha256_file
 from deepfusion.errors import InputError
 
@@ -130,6 +130,15 @@ def test_streaming_mean_is_the_mean_cast_once(tmp_path_factory, count, seed, dty
     assert mean.dtype == dtype
     # One rounding to the dtype, half a unit in the last place, and the fp32 noise of the sum.
     torch.testing.assert_close(mean.double(), exact, rtol=torch.finfo(dtype).eps / 2 * 1.01, atol=2e-6)
+
+
+@QUICK
+@given(weights=st.lists(st.floats(1, 1e9), min_size=1, max_size=6), seed=st.integers(0, 2**31))
+def test_weighted_mean_is_the_weighted_mean(weights, seed):
+    values = torch.randn(len(weights), 7, generator=torch.Generator().manual_seed(seed))
+    shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    mean = mean_of(iter(values), weights, torch.float32)
+    torch.testing.assert_close(mean.double(), (shares[:, None] * values.double()).sum(0), rtol=0, atol=4e-6)
 
 
 @QUICK

@@ -16,9 +16,9 @@ from deepfusion.errors import InputError
 from deepfusion.stages import proxy, registry
 
 
-def run(root: Path, clusters: list[list[str]], types: list[str]) -> Path:
+def run(root: Path, clusters: list[list[str]], types: list[str], average: str = "uniform") -> Path:
     """Register the uploads below `root` and average the given clusters; the folder of the proxies."""
-    config = parse_config({"device": {"types": types}})
+    config = parse_config({"device": {"types": types}, "clustering": {"average": average}})
     registry.run(config, {"uploads": root / "uploads"}, root)
     listed = [{"id": k, "devices": names, "type": "tiny", "signature": "s"} for k, names in enumerate(clusters)]
     (root / "clusters.json").write_text(json.dumps({"clusters": listed}))
@@ -38,6 +38,18 @@ def test_a_proxy_is_the_plain_mean_of_its_members(kind: str, tmp_path: Path) -> 
     for name, tensor in means.items():
         torch.testing.assert_close(tensor, (members[0][name].double() + members[1][name].double()).div(2).float())
     assert all(torch.equal(tensor, members[2][name]) for name, tensor in models.load_model(folder / "1").state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("average", "tokens", "share"), [("uniform", (900, 100), 0.5), ("tokens", (900, 100), 0.9), ("tokens", (900, 0), 0.5)]
+)
+def test_members_count_alike_or_by_their_tokens(tmp_path: Path, average: str, tokens: tuple[int, int], share: float) -> None:
+    for seed, name in enumerate(["d0", "d1"]):
+        save_upload(tmp_path / "uploads" / name, seed=seed, tokens=tokens[seed])
+    folder = run(tmp_path, [["d0", "d1"]], ["tiny"], average) / "0"
+    first, second = (load_file(tmp_path / "uploads" / name / "model.safetensors") for name in ("d0", "d1"))
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        torch.testing.assert_close(tensor, share * first[name] + (1 - share) * second[name])
 
 
 def test_a_proxy_is_a_complete_checkpoint_that_knows_where_it_came_from(tmp_path: Path) -> None:
@@ -61,7 +73,7 @@ def test_equal_members_average_to_themselves_bit_by_bit(tmp_path: Path) -> None:
         model.to(torch.bfloat16).save_pretrained(uploads / name)
         save_tokenizer(uploads / name)
     entries = [{"device": name} for name in ("a", "b", "c")]
-    proxy.average([uploads / name for name in ("a", "b", "c")], entries, tmp_path / "mean")
+    proxy.average([uploads / name for name in ("a", "b", "c")], entries, [3.0, 1.0, 0.7], tmp_path / "mean")
     mean, member = (load_file(path / "model.safetensors") for path in (tmp_path / "mean", uploads / "a"))
     assert all(torch.equal(mean[name], member[name]) for name in member)
     assert {tensor.dtype for tensor in mean.values()} == {torch.bfloat16}
@@ -79,7 +91,7 @@ def test_means_of_bf16_are_taken_in_fp32(tmp_path: Path) -> None:
         model.save_pretrained(folder)
         save_tokenizer(folder)
         folders.append(folder)
-    proxy.average(folders, [{"device": folder.name} for folder in folders], tmp_path / "mean")
+    proxy.average(folders, [{"device": folder.name} for folder in folders], [1.0] * 4, tmp_path / "mean")
     mean = load_file(tmp_path / "mean" / "model.safetensors")["transformer.ln_f.weight"]
     assert torch.equal(mean, torch.full_like(mean, sum(values) / 4))
 
@@ -119,7 +131,7 @@ def test_an_adapter_on_another_base_is_refused(tmp_path: Path) -> None:
     save_adapter_upload(tmp_path / "d0", base)
     entry = {"device": "d0", "base": str(base), "base_digest": "0" * 64}
     with pytest.raises(InputError, match="base-differs"):
-        proxy.average([tmp_path / "d0"], [entry], tmp_path / "mean")
+        proxy.average([tmp_path / "d0"], [entry], [1.0], tmp_path / "mean")
 
 
 def test_an_interrupted_stage_keeps_the_proxies_it_has(tmp_path: Path) -> None:

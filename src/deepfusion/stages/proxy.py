@@ -12,13 +12,13 @@ from transformers import GenerationConfig
 
 from deepfusion import models, progress
 from deepfusion.adapters import ADAPTER_CONFIG, open_adapter
-from deepfusion.checkpoints import TensorReader, TensorWriter, copy_tokenizer, whole_folder
+from deepfusion.checkpoints import TensorReader, TensorWriter, copy_tokenizer, mean_of, whole_folder
 from deepfusion.config import Config
 from deepfusion.errors import InputError
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
-    """Writes `out`/proxies/<k>/: a Hugging Face checkpoint, the plain mean of the cluster's members.
+    """Writes `out`/proxies/<k>/: a Hugging Face checkpoint, the mean of the cluster's members [DF eq. 6].
 
     Raises:
         InputError: the public checkpoint of a LoRA upload cannot be had.
@@ -31,19 +31,27 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
             continue
         folders = [inputs["uploads"] / name for name in cluster["devices"]]
         with whole_folder(target) as part:
-            average(folders, [registry[name] for name in cluster["devices"]], part)
-            _describe(cluster, registry, part)
+            weights = _weights(config, [registry[name] for name in cluster["devices"]])
+            average(folders, [registry[name] for name in cluster["devices"]], weights, part)
+            _describe(cluster, registry, weights, part)
         names = ", ".join(cluster["devices"])
         progress.say(f"[proxy {cluster['id']}] mean of {len(cluster['devices'])} {cluster['type']}: {names}")
     return {"proxies": len(clusters)}
 
 
-def average(folders: list[Path], entries: list[dict[str, Any]], out: Path) -> None:
-    """`mbar = 1/|C| sum m_n` over checkpoints of one type: accumulated in fp32, cast once, one tensor at a time.
+def _weights(config: Config, entries: list[dict[str, Any]]) -> list[float]:
+    """Of each member in the mean. Checkpoints that nobody prepared do not say how much text they have seen: all count alike."""
+    tokens = [float(entry["tokens"]) for entry in entries]
+    return tokens if config.clustering.average == "tokens" and all(tokens) else [1.0] * len(entries)
+
+
+def average(folders: list[Path], entries: list[dict[str, Any]], weights: list[float], out: Path) -> None:
+    """`mbar = sum w_n m_n / sum w_n` over checkpoints of one type: accumulated in fp32, cast once, one tensor at a time.
 
     Args:
         folders: upload folders; an upload with an adapter stands for the public checkpoint plus its low-rank update.
         entries: what the registry says of each (`device`, `base`, `base_digest`).
+        weights: of each in the mean; only their ratios count.
         out: folder of the averaged checkpoint.
 
     Raises:
@@ -60,13 +68,8 @@ def average(folders: list[Path], entries: list[dict[str, Any]], out: Path) -> No
                         raise InputError(f"{name} differs from the others", where=folder, code="buffers-differ")
                 writer.add(name, first)
                 continue
-            # Summing differences to the first keeps the mean of equal tensors bit-identical to them.
-            origin = first.float()
-            shift = torch.zeros_like(origin)
-            for member in members[1:]:
-                shift += member.get(name).float() - origin
             dtype = _widest([member.dtype(name) for member in members])
-            writer.add(name, (origin + shift / len(members)).to(dtype))
+            writer.add(name, mean_of((member.get(name) for member in members), weights, dtype))
     config = models.read_config(folders[0])
     config.dtype = dtype
     config.save_pretrained(out)
@@ -138,7 +141,7 @@ class _Adapted:
         return weight.float() + self.adapter.update(name, name in self.transposed)
 
 
-def _describe(cluster: dict[str, Any], registry: dict[str, Any], folder: Path) -> None:
+def _describe(cluster: dict[str, Any], registry: dict[str, Any], weights: list[float], folder: Path) -> None:
     lineage = {
         "cluster": cluster["id"],
         "type": cluster["type"],
@@ -146,11 +149,14 @@ def _describe(cluster: dict[str, Any], registry: dict[str, Any], folder: Path) -
         "devices": {name: registry[name]["digest"] for name in cluster["devices"]},
     }
     members = [registry[name] for name in cluster["devices"]]
-    rows = "\n".join(f"| {entry['device']} | {entry['method']} | {entry['tokens']} |" for entry in members)
+    shares = [f"{weight / sum(weights):.1%}" for weight in weights]
+    rows = "\n".join(
+        f"| {e['device']} | {e['method']} | {e['tokens']} | {share} |" for e, share in zip(members, shares, strict=True)
+    )
     (folder / "README.md").write_text(
         f"# Proxy {cluster['id']}\n\n"
-        f"The element-wise mean of {len(members)} models of type {cluster['type']}, made by DeepFusion: "
-        f"the teacher of base {cluster['id']}.\n\n| device | method | private tokens |\n|---|---|---|\n{rows}\n",
+        f"The element-wise weighted mean of {len(members)} models of type {cluster['type']}, made by DeepFusion: "
+        f"the teacher of base {cluster['id']}.\n\n| device | method | private tokens | weight |\n|---|---|---|---|\n{rows}\n",
         "utf-8",
     )
     (folder / "proxy.json").write_text(json.dumps(lineage, indent=1), "utf-8")
