@@ -20,7 +20,7 @@ from deepfusion.federation.offer import read_offer
 from deepfusion.federation.server import collect, device_states, start
 from deepfusion.federation.view import View
 
-WAIT = load_config(overrides=["federation.wait_for=2"])
+WAIT = load_config(overrides=["federation.wait_for=2", "experts=2"])
 
 
 def refusal(config: Config, out: Path, home: Path, port: int | None = None) -> str:
@@ -31,6 +31,11 @@ def refusal(config: Config, out: Path, home: Path, port: int | None = None) -> s
 
 def test_something_must_say_when_it_is_enough(tmp_path):
     assert refusal(load_config(), tmp_path / "run", tmp_path / "home") == "no-end"
+
+
+def test_an_expert_for_each_upload_at_most(tmp_path):
+    config = load_config(overrides=["federation.wait_for=2", "experts=3"])
+    assert refusal(config, tmp_path / "run", tmp_path / "home") == "fewer-devices-than-experts"
 
 
 def test_the_port_must_be_free(tmp_path):

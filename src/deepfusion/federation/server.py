@@ -48,6 +48,11 @@ def start(
     if config.federation.wait_for is None and config.federation.deadline is None:
         fix = "--set federation.wait_for=8, or --set federation.deadline=12h, or both"
         raise InputError("nothing says when enough devices are in", where="federation", fix=fix, code="no-end")
+    if (config.federation.wait_for or config.experts) < config.experts:
+        what = f"federation.wait_for={config.federation.wait_for} uploads are fewer than experts={config.experts}"
+        raise InputError(
+            what, where="federation.wait_for", fix=f"--set experts={config.federation.wait_for}", code="fewer-devices-than-experts"
+        )
     _check_port(host, port)
     home.prepare([*names, *([host] if host not in ("0.0.0.0", "::") else [])])
     ledger = _open_run(config, out)
