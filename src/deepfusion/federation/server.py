@@ -79,11 +79,11 @@ def _make_model(config: Config, out: Path, ledger: Ledger) -> None:
     from deepfusion import pipeline  # the model framework: not before there is work for it
 
     done = [row for row in ledger.devices().values() if row.state == "done"]
-    progress.say(f"[server] {len(done)} uploads are in, the run begins; whoever comes now is late")
     if len(done) < config.experts:
         fix = "--set experts=N, or wait longer: --set federation.deadline=LATER"
         what = f"{len(done)} uploads came, fewer than experts={config.experts}"
         raise InputError(what, where=out, fix=fix, code="too-few-uploads")
+    progress.say(f"[server] {len(done)} uploads are in, the run begins; whoever comes now is late")
     source = pipeline.Stage("device", collect, {}, pipeline.STAGES[0].outputs, ())
     pipeline.run(config, out, source=source)
 
