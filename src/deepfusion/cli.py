@@ -177,31 +177,60 @@ def evaluate(
     data: Annotated[str, typer.Option(help="JSONL file, or any data source")],
     max_chars: Annotated[int, typer.Option(help="longer texts are cut into windows")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    judge: Annotated[str | None, typer.Option(help="URL of an OpenAI-compatible API that scores open answers, 0 to 100")] = None,
+    judge_model: Annotated[str | None, typer.Option(help="name of the judging model there")] = None,
+    judge_documents: Annotated[int | None, typer.Option(min=1, help="judge at most so many answers; default: all")] = None,
+    judge_cache: Annotated[Path | None, typer.Option(help="JSONL file of scores; what stands there costs nothing")] = None,
+    judge_prices: Annotated[str | None, typer.Option(help="IN,OUT per million tokens, to reckon the cost")] = None,
     json_: Json = False,
 ) -> None:
-    """Log-perplexity, perplexity, bits per byte, token and multiple-choice accuracy on held-out text."""
+    """Log-perplexity, perplexity, bits per byte, token and multiple-choice accuracy on held-out text, judged answers."""
     from deepfusion import models
     from deepfusion.metrics import evaluate_model
     from deepfusion.sources import load_source
 
     examples = load_source(data)
+    referee = None
+    if judge is not None:
+        from deepfusion.judge import Judge, answer_all, open_questions, parse_prices
+
+        prices = None if judge_prices is None else parse_prices(judge_prices)
+        referee = Judge(judge, judge_model or "", prices=prices, cache=judge_cache)
+        questions = open_questions(examples, judge_documents)
+        referee.warn(len(questions))
+    elif any(option is not None for option in (judge_model, judge_documents, judge_cache, judge_prices)):
+        raise InputError("options of a judge without a judge", fix="add --judge URL", code="bad-input")
     loaded = models.load_model(models.resolve(str(model)), models.resolve_precision("auto"))
     tokenizer = models.load_tokenizer(models.resolve(str(model)))
     result = evaluate_model(loaded, tokenizer, examples, batch_size=batch_size, max_chars=max_chars)
+    answers = answer_all(loaded, tokenizer, questions, batch_size=batch_size) if referee else []
+    result["judge"] = referee.score(answers) if referee else None
     if json_:
         return _print_json(result)
-    table = Table("domain", "log-perplexity", "bits/byte", "token accuracy", "choice accuracy", "tokens", title=str(model))
+    judged = result["judge"]
+    columns = ["domain", "log-perplexity", "bits/byte", "token accuracy", "choice accuracy", "tokens"]
+    table = Table(*columns, *(["judge"] if judged else []), title=str(model))
     for domain, row in {**result["by_domain"], "all": result}.items():
         choice = row["choice_accuracy"]
-        table.add_row(
+        cells = [
             escape(domain),
             f"{row['log_perplexity']:.4f}",
             f"{row['bits_per_byte']:.4f}",
             f"{row['token_accuracy']:.2%}",
             "-" if choice is None else f"{choice:.2%}",
             str(row["tokens"]),
-        )
+        ]
+        if judged:
+            score = (judged if row is result else judged["by_domain"].get(domain, {})).get("score")
+            cells.append("-" if score is None else f"{score:.1f}")
+        table.add_row(*cells)
     rich.print(table)
+    if judged:
+        cost = "" if judged["cost"] is None else f", cost {judged['cost']:.4f}"
+        print(
+            f"judge {judged['model']}: {judged['scored']} scored, {judged['unscored']} unscored, {judged['cached']} cached, "
+            f"{judged['prompt_tokens']} + {judged['completion_tokens']} tokens{cost}"
+        )
 
 
 @app.command()
