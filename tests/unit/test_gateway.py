@@ -154,7 +154,14 @@ def test_bytes_are_counted_at_the_wire(gateway: Gateway) -> None:
 
 
 def test_nothing_else_exists(gateway: Gateway) -> None:
-    paths = ["/v1/control/list-runs", "/v1/runtime/get-run", "/v1/fleet/register-node", "/v1/fleet/unregister-node"]
+    paths = [
+        "/v1/control/list-runs",
+        "/v1/runtime/get-run",
+        "/v1/fleet/register-node",
+        "/v1/fleet/unregister-node",
+        "/v1/fleet/get-fab",
+        "/v1/fleet/get-run",
+    ]
     paths += ["/v1/fleet/get-fab", "/docs", "/openapi.json", "/", "/v1/uploads/", "/v1/uploads/../ca"]
     for path in paths:
         check_refused(gateway.request("POST", path), 404, "not-here")

@@ -34,7 +34,7 @@ from deepfusion.federation.uploads import Refusal, Upload, Uploads
 
 # What devices need of Flower. Whoever reaches its Control API can give orders, so all else of it does not exist here.
 FLEET_CALLS = (
-    "activate-node", "deactivate-node", "send-node-heartbeat", "pull-messages", "push-messages", "get-run", "push-object",
+    "activate-node", "deactivate-node", "send-node-heartbeat", "pull-messages", "push-messages", "push-object",
     "pull-object", "confirm-message-received",
 )  # fmt: skip
 MAX_MESSAGE_BYTES = 8 * 2**20
