@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from deepfusion.config import Encoder, Method
+from deepfusion.config import Encoder, Encoding, Method
 from deepfusion.digests import sha256_file
 from deepfusion.errors import InputError
 
@@ -21,7 +21,7 @@ MAX_JSON_BYTES = 64 * 2**20
 
 FILE_NAMES = re.compile(
     r"(card|config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
-    r"|model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors|adapter_model\.safetensors"
+    r"|model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors|(adapter_model|delta)\.safetensors"
     r"|vocab\.txt|merges\.txt|\w+\.model|chat_template\.jinja|README\.md"
 )
 
@@ -31,6 +31,7 @@ class Card(BaseModel):
 
     `loss_before` and `loss_after` are nats per token on the device's own held-out text; an adopted checkpoint has none
     and says 0 tokens. `signature` is `models.type_signature`, `files` maps every other file to its SHA-256.
+    `encoding` says how the weights are written, `encoding_error` by how much one of them differs at most for that reason.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -43,6 +44,8 @@ class Card(BaseModel):
     base: str = Field(max_length=1000)
     base_digest: str = Field(pattern=r"^([0-9a-f]{64})?$")
     method: Method
+    encoding: Encoding = "weights"
+    encoding_error: float = Field(0.0, ge=0)
     embedding: list[float] = Field(min_length=2, max_length=1024)
     encoder: Encoder
     tokens: int = Field(ge=0, le=10**15)
@@ -60,6 +63,12 @@ class Card(BaseModel):
         if not abs(math.hypot(*embedding) - 1) < 1e-3:
             raise ValueError("not of length 1")
         return embedding
+
+    @model_validator(mode="after")
+    def _encoded_once(self) -> Card:
+        if self.encoding != "weights" and self.method != "full":
+            raise ValueError(f"an adapter is not written as {self.encoding}")
+        return self
 
 
 def write_card(folder: Path, card: Card) -> Card:

@@ -131,6 +131,39 @@ class TensorReader:
         return self._files[self._file_of[name]]
 
 
+class WholeModel:
+    """The tensors of a checkpoint by their names in the whole model; some hub checkpoints leave the trunk's prefix out.
+
+    Args:
+        folder: of the checkpoint.
+        expected: names of the tensors of the whole model, tied copies left out; what is not stored `names` leaves out too.
+        prefix: of the trunk.
+    """
+
+    def __init__(self, folder: Path | str, expected: Iterable[str], prefix: str) -> None:
+        self.folder = Path(folder)
+        self._reader = TensorReader(folder)
+        stored = set(self._reader.names())
+        own = {name: name if name in stored else name.removeprefix(prefix) for name in expected}
+        self._stored = {name: stored_name for name, stored_name in own.items() if stored_name in stored}
+
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self._stored)
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor `name`, on the CPU, in its stored dtype."""
+        return self._reader.get(self._stored[name])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor `name`, without reading its data."""
+        return self._reader.shape(self._stored[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of the tensor `name`, without reading its data."""
+        return self._reader.dtype(self._stored[name])
+
+
 class TensorWriter:
     """Writes tensors into a checkpoint folder one by one; a context manager.
 

@@ -21,6 +21,7 @@ DEVICE_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 Family = Literal["qwen2_moe", "qwen3_moe", "deepseek", "deepseek_v2", "deepseek_v3"]
 Method = Literal["full", "lora", "qlora"]
 Encoder = Literal["hashing", "minilm"]
+Encoding = Literal["weights", "delta8", "delta4"]
 
 
 class Section(BaseModel):
@@ -89,6 +90,10 @@ class DeviceSection(Section):
     )
     method: Method = Field("full", description="full weights, LoRA, or LoRA on an NF4-quantised model")
     lora_rank: int = Field(16, ge=1, description="rank of LoRA matrices")
+    upload: Encoding = Field(
+        "weights",
+        description="what method full hands in: all weights, or what training changed of them, in 8 or 4 bits a weight",
+    )
     steps: int = Field(300, ge=1, description="optimizer steps")
     batch_size: int = Field(8, ge=1, description="documents per step")
     learning_rate: float = Field(3e-4, gt=0, description="peak learning rate (cosine)")
@@ -233,6 +238,10 @@ class Config(Section):
             names = [device.id for device in self.devices if device.id]
             if len(names) != len(set(names)):
                 raise ValueError(f"devices: the id {next(n for n in names if names.count(n) > 1)} stands twice")
+        specified = self.devices if isinstance(self.devices, list) else []
+        methods = {self.device.method, *(device.method for device in specified if device.method)}
+        if self.device.upload != "weights" and methods != {"full"}:
+            raise ValueError(f"device.upload={self.device.upload} is for method full; adapters are small as they are")
         if self.distill.vaa.patches % self.distill.vaa.stages:
             raise ValueError("distill.vaa.patches must be a multiple of distill.vaa.stages")
         if isinstance(self.data.test, float) and not 0 < self.data.test < 1:

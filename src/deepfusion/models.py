@@ -160,6 +160,12 @@ def read_config(folder: str | Path) -> PretrainedConfig:
         raise InputError(f"the config cannot be read ({_first_line(error)})", where=folder, code="bad-config") from None
 
 
+def stored_dtype(folder: str | Path) -> torch.dtype:
+    """Uploads are as precise as the public checkpoint they came from: bf16 halves what crosses the network."""
+    dtype = read_config(folder).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
 def load_model(path: str | Path, precision: str = "fp32", quantization: Any = None) -> PreTrainedModel:
     """A causal language model with its weights in `precision` (fp32 or bf16), on the CPU, in evaluation mode.
 

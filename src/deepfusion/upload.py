@@ -19,6 +19,7 @@ from deepfusion import __version__, models
 from deepfusion.adapters import ADAPTER, ADAPTER_CONFIG, adapter_shapes, check_adapter_config, open_adapter
 from deepfusion.card import CARD, FILE_NAMES, MAX_CARD_BYTES, MAX_JSON_BYTES, Card, read_card, write_card
 from deepfusion.checkpoints import INDEX, TensorReader, copy_tokenizer
+from deepfusion.compact import DELTA, FORMAT, Compact, stored_tensors
 from deepfusion.config import Encoder
 from deepfusion.digests import sha256_file
 from deepfusion.errors import InputError
@@ -103,7 +104,7 @@ def check_upload(folder: Path, max_bytes: int, bases: Collection[str] | None = N
     Args:
         folder: the upload.
         max_bytes: of the whole folder.
-        bases: the public checkpoints that an adapter may name, besides presets; None allows any.
+        bases: the public checkpoints that an adapter or a compact upload may name, besides presets; None allows any.
     """
     folder = Path(folder)
     for check in (_check_listing, _check_settings, _check_card, _check_weights, _check_loading):
@@ -195,8 +196,11 @@ def _check_card(folder: Path, max_bytes: int, bases: Collection[str] | None) -> 
     adapter = (folder / ADAPTER_CONFIG).exists()
     if adapter != (card.method != "full"):
         yield Problem("method-mismatch", f"the card says {card.method}", ADAPTER_CONFIG)
-    if adapter and bases is not None and card.base not in models.PRESETS and card.base not in bases:
-        yield Problem("unknown-base", f"an adapter of {card.base[:100]!r}, which this server does not use", CARD)
+    compact = (folder / DELTA).exists()
+    if compact != (card.encoding != "weights"):
+        yield Problem("encoding-mismatch", f"the card says {card.encoding}", DELTA)
+    if (adapter or compact) and bases is not None and card.base not in models.PRESETS and card.base not in bases:
+        yield Problem("unknown-base", f"made from {card.base[:100]!r}, which this server does not use", CARD)
 
 
 def _check_weights(folder: Path, max_bytes: int, bases: Collection[str] | None) -> Iterator[Problem]:
@@ -207,13 +211,15 @@ def _check_weights(folder: Path, max_bytes: int, bases: Collection[str] | None) 
         if length > min(MAX_HEADER_BYTES, max(0, path.stat().st_size - 8)):
             yield Problem("weights-damaged", "truncated, or with a header of absurd length", path.name)
             return
+    if (folder / DELTA).exists():
+        yield from _check_delta(folder)
+        return
     known = models.architecture(models.read_config(folder))
     adapter = (folder / ADAPTER_CONFIG).exists()
     reader = open_adapter(folder) if adapter else TensorReader(folder)
     expected = adapter_shapes(folder, known) if adapter else known.tensors
     used = {ADAPTER} if adapter else _weight_files(folder)
-    for extra in sorted({path.name for path in folder.glob("*.safetensors*")} - used):
-        yield Problem("weights-extra", "weights beside the weights", extra)
+    yield from _check_extra(folder, used)
     names = set(reader.names())
     for name in sorted(set(expected) - names)[:5]:
         yield Problem("tensor-missing", f"there is no {name}", folder.name)
@@ -222,6 +228,59 @@ def _check_weights(folder: Path, max_bytes: int, bases: Collection[str] | None) 
     compared = sorted(names & {*expected, *known.tied})
     problems = [problem for name in compared if (problem := _check_tensor(reader, name, expected, known))]
     yield from problems[:5]
+
+
+def _check_extra(folder: Path, used: set[str]) -> Iterator[Problem]:
+    for extra in sorted({path.name for path in folder.glob("*.safetensors*")} - used):
+        yield Problem("weights-extra", "weights beside the weights", extra)
+
+
+def _check_delta(folder: Path) -> Iterator[Problem]:
+    """A compact upload: first the public checkpoint, which bounds the size of each tensor, then the header, then every value."""
+    card = read_card(folder)
+    if problems := list(_check_base(card, models.read_config(folder))):
+        yield from problems
+        return
+    whole = Compact(folder, card.base)
+    yield from _check_extra(folder, {DELTA})
+    if whole.delta.metadata != FORMAT:
+        yield Problem("delta-version", f"not of the layout {FORMAT}", DELTA)
+        return
+    names, changed = set(whole.delta.names()), []
+    for name in whole.names():
+        expected = stored_tensors(name, whole.base.shape(name), card.encoding)
+        if whole.base.dtype(name).is_floating_point and name in whole.delta.changed:
+            changed.append((name, expected))
+            if missing := sorted(set(expected) - names):
+                yield Problem("tensor-missing", f"there is no {missing[0]}", DELTA)
+                return
+            names -= set(expected)
+    if names:
+        yield Problem("tensor-extra", f"{card.model_class} has no {min(names)[:200]}", DELTA)
+        return
+    for check in (_check_codes, _check_change):  # all headers before the first value
+        problems = [problem for name, expected in changed if (problem := check(whole, name, expected))]
+        yield from problems[:5]
+        if problems:
+            return
+
+
+def _check_codes(whole: Compact, name: str, expected: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> Problem | None:
+    for part, (shape, dtype) in expected.items():
+        if whole.delta.shape(part) != shape:
+            return Problem("shape-mismatch", f"{part} is {list(whole.delta.shape(part))}, and must be {list(shape)}", DELTA)
+        if whole.delta.dtype(part) != dtype:
+            return Problem("dtype", f"{part} is {whole.delta.dtype(part)}, and must be {dtype}", DELTA)
+    return None
+
+
+def _check_change(whole: Compact, name: str, expected: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> Problem | None:
+    scales = whole.delta.get(f"{name}.scales")
+    if not (scales.isfinite() & (scales >= 0)).all():
+        return Problem("non-finite", f"{name} has scales that are negative, infinite or NaN", DELTA)
+    if not float(whole.get(name).abs().max()) <= MAX_VALUE:
+        return Problem("non-finite", f"{name} holds NaN, infinite or absurdly large values", DELTA)
+    return None
 
 
 def _check_tensor(
@@ -262,7 +321,7 @@ def _check_loading(folder: Path, max_bytes: int, bases: Collection[str] | None) 
 
 
 def _check_base(card: Card, config: PretrainedConfig) -> Iterator[Problem]:
-    """The public checkpoint that an adapter needs, as this machine has it."""
+    """The public checkpoint that an adapter or a compact upload needs, as this machine has it."""
     if models.base_digest(card.base) != card.base_digest:
         yield Problem("base-differs", f"not trained on the {card.base[:100]} that is here", CARD)
     if models.architecture(models.model_config(card.base)).tensors != models.architecture(config).tensors:

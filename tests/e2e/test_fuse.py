@@ -16,13 +16,14 @@ SMALL = {"data": {"public": ["sampled"], "sampled_documents": 4, "max_chars": 96
 
 @pytest.fixture
 def uploads(zoo, tmp_path, invoke) -> Path:
-    """Three uploads made by `deepfusion device train`, one of them by LoRA."""
+    """Three uploads made by `deepfusion device train`: an adapter and two compact ones."""
     settings = small_settings(zoo, tmp_path)
     config = write_config(tmp_path / "device.yaml", {"device": {"steps": 4, "batch_size": 4}, "data": {"max_chars": 96}})
-    for device, (name, method) in zip(settings["devices"], (("ward", "full"), ("clinic", "lora"), ("bank", "full")), strict=False):
+    choices = (("ward", "upload=delta8"), ("clinic", "method=lora"), ("bank", "upload=delta4"))
+    for device, (name, choice) in zip(settings["devices"], choices, strict=False):
         done = invoke(
             "device", "train", config, "--data", device["data"], "--out", tmp_path / "uploads" / name, "--type", device["type"],
-            "--set", f"device.method={method}", "--set", f"seed={len(name)}", "--json",
+            "--set", f"device.{choice}", "--set", f"seed={len(name)}", "--json",
         )  # fmt: skip
         assert done.code == 0, done.err
         assert json.loads(done.out)["loss_after"] > 0
@@ -48,11 +49,13 @@ def test_train_check_fuse(uploads, zoo, tmp_path, invoke):
     assert sorted(map(sorted, (c["devices"] for c in clusters))) == [["bank"], ["clinic", "ward"]]
     transport = json.loads((tmp_path / "run" / "transport.json").read_text("utf-8"))
     assert set(transport["devices"]) == {"bank", "clinic", "ward"}
+    registry = json.loads((tmp_path / "run" / "registry.json").read_text("utf-8"))
+    assert [entry["encoding"] for entry in registry] == ["delta4", "weights", "delta8"]
 
 
 def test_unsound_uploads_are_set_aside_and_the_run_goes_on(uploads, zoo, tmp_path, invoke):
     shutil.copytree(uploads / "bank", uploads / "torn")
-    weights = uploads / "torn" / "model.safetensors"
+    weights = uploads / "torn" / "delta.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     shutil.copytree(uploads / "bank", uploads / "twin")
     (uploads / "odd").mkdir()

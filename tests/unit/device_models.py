@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from deepfusion import models
 from deepfusion.card import Card, write_card
+from deepfusion.compact import open_base, write_delta
+from deepfusion.config import Encoding
 
 TEXT = ["the cat sat on the mat", "a dog ran over the hill and far away", "one two three four five six seven"]
 DIMENSIONS = {
@@ -100,3 +102,19 @@ def save_adapter_upload(folder: Path, base: Path, seed: int = 0, rslora: bool = 
     digest = models.base_digest(str(base))
     write_card(folder, card(folder, folder.name, method="lora", base=str(base), base_digest=digest, **facts))
     return adapted.merge_and_unload()
+
+
+def save_compact_upload(folder: Path, base: Path, encoding: Encoding = "delta8", seed: int = 0, **facts: object) -> PreTrainedModel:
+    """A sound compact upload of the checkpoint `base` with every weight moved a little; returns the exact model in fp32."""
+    model = models.load_model(base)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    folder.mkdir(parents=True, exist_ok=True)
+    error = write_delta(folder, model.state_dict(), open_base(str(base)), encoding)
+    models.read_config(base).save_pretrained(folder)
+    save_tokenizer(folder)
+    about = {"base": str(base), "base_digest": models.base_digest(str(base)), "encoding": encoding, "encoding_error": error}
+    write_card(folder, card(folder, folder.name, **about, **facts))
+    return model

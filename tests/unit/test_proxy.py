@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from device_models import make_model, save_adapter_upload, save_checkpoint, save_tokenizer, save_upload
+from device_models import make_model, save_adapter_upload, save_checkpoint, save_compact_upload, save_tokenizer, save_upload
 from safetensors.torch import load_file, save_file
 
 from deepfusion import models
@@ -113,22 +114,55 @@ def test_adapters_are_merged_exactly_and_mix_with_full_weights(kind: str, rslora
         torch.testing.assert_close(tensor, sum(member[name] for member in members) / 3)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bloom"])
+def test_compact_uploads_are_averaged_with_all_others(kind: str, tmp_path: Path) -> None:
+    base, uploads = tmp_path / "base", tmp_path / "uploads"
+    save_checkpoint(base, kind)
+    exact = [save_compact_upload(uploads / f"d{seed}", base, encoding, seed) for seed, encoding in enumerate(("delta8", "delta4"))]
+    adapted = save_adapter_upload(uploads / "adapter", base)
+    save_upload(uploads / "full", kind, seed=7, base=str(base), base_digest=models.base_digest(str(base)))
+    errors = [read_card(uploads / f"d{seed}").encoding_error for seed in range(2)]
+    folder = run(tmp_path, [["d0"], ["d1"], ["d0", "d1", "adapter", "full"]], [str(base)])
+    for seed in range(2):
+        decoded, truth = models.load_model(folder / str(seed)).state_dict(), exact[seed].state_dict()
+        largest = max(float((tensor - truth[name]).abs().max()) for name, tensor in decoded.items())
+        assert 0 < largest <= errors[seed] + 1e-6  # the sum with the base is rounded once more
+    assert errors[0] < errors[1] / 10
+    members = [models.load_model(folder / "0"), models.load_model(folder / "1"), adapted, models.load_model(uploads / "full")]
+    for name, tensor in models.load_model(folder / "2").state_dict().items():
+        torch.testing.assert_close(tensor, sum(member.state_dict()[name] for member in members) / 4)
+
+
+def test_a_compact_upload_is_as_precise_as_its_base(tmp_path: Path) -> None:
+    base, uploads = tmp_path / "base", tmp_path / "uploads"
+    make_model().to(torch.bfloat16).save_pretrained(base)
+    save_tokenizer(base)
+    exact = save_compact_upload(uploads / "d0", base).state_dict()
+    folder = run(tmp_path, [["d0"]], [str(base)])
+    mean = load_file(folder / "0" / "model.safetensors")
+    assert {tensor.dtype for tensor in mean.values()} == {torch.bfloat16}
+    for name, tensor in mean.items():
+        torch.testing.assert_close(tensor.float(), exact[name], rtol=2**-8, atol=read_card(uploads / "d0").encoding_error)
+
+
 def test_a_base_stored_without_the_prefix_of_its_trunk_is_understood(tmp_path: Path) -> None:
     base = tmp_path / "base"
     save_checkpoint(base)
     tensors = load_file(base / "model.safetensors")
     plain = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     save_file(plain | {"h.0.attn.bias": torch.ones(1, 1, 4, 4)}, base / "model.safetensors", metadata={"format": "pt"})
-    merged = save_adapter_upload(tmp_path / "uploads" / "d0", base).state_dict()
-    folder = run(tmp_path, [["d0"]], [str(base)])
-    for name, tensor in models.load_model(folder / "0").state_dict().items():
-        torch.testing.assert_close(tensor, merged[name])
+    exact = [save_adapter_upload(tmp_path / "uploads" / "d0", base), save_compact_upload(tmp_path / "uploads" / "d1", base)]
+    folder = run(tmp_path, [["d0"], ["d1"]], [str(base)])
+    for number, model in enumerate(exact):
+        for name, tensor in models.load_model(folder / str(number)).state_dict().items():
+            torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-5, atol=[1e-6, 2e-4][number])
 
 
-def test_an_adapter_on_another_base_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("save", [save_adapter_upload, save_compact_upload])
+def test_an_upload_on_another_base_is_refused(save: Callable[[Path, Path], object], tmp_path: Path) -> None:
     base = tmp_path / "base"
     save_checkpoint(base)
-    save_adapter_upload(tmp_path / "d0", base)
+    save(tmp_path / "d0", base)
     entry = {"device": "d0", "base": str(base), "base_digest": "0" * 64}
     with pytest.raises(InputError, match="base-differs"):
         proxy.average([tmp_path / "d0"], [entry], [1.0], tmp_path / "mean")

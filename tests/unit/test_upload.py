@@ -10,12 +10,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from device_models import card, make_model, save_adapter_upload, save_checkpoint, save_tokenizer, save_upload, unit
+from device_models import (
+    card,
+    make_model,
+    save_adapter_upload,
+    save_checkpoint,
+    save_compact_upload,
+    save_tokenizer,
+    save_upload,
+    unit,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from deepfusion import models
 from deepfusion.card import CARD, Card, read_card, weights_digest, write_card
+from deepfusion.compact import FORMAT, open_base, write_delta
+from deepfusion.config import Encoding
 from deepfusion.digests import folder_digest
 from deepfusion.errors import InputError
 from deepfusion.upload import adopt_checkpoint, check_upload
@@ -34,6 +46,13 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "base"
     save_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compact(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compact") / "d00"
+    save_compact_upload(folder, base, "delta4")
     return folder
 
 
@@ -82,11 +101,38 @@ def test_the_card_survives_the_disk(upload: Path) -> None:
     assert CARD not in before.files
 
 
+def test_a_card_from_before_there_were_encodings_is_one_of_plain_weights(upload: Path) -> None:
+    values = read_card(upload).model_dump(exclude={"encoding", "encoding_error"})
+    assert Card.model_validate(values) == read_card(upload)
+
+
 def test_the_card_takes_no_other_field_and_no_odd_device(upload: Path) -> None:
     values = read_card(upload).model_dump()
     for change in ({"text": "private"}, {"device": "../x"}, {"device": ".."}, {"device": ""}, {"embedding": [3.0, 4.0]}):
         with pytest.raises(ValueError, match=next(iter(change))):
             Card.model_validate(values | change)
+
+
+@pytest.mark.parametrize("encoding", ["delta8", "delta4"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "olmo", "bloom"])
+def test_a_compact_upload_is_sound_and_of_the_type_of_full_ones(kind: str, encoding: Encoding, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "base", kind)
+    model = save_compact_upload(tmp_path / "d", tmp_path / "base", encoding)
+    assert codes(tmp_path / "d", bases={str(tmp_path / "base")}) == set()
+    assert codes(tmp_path / "d", bases=["other"]) == {"unknown-base"}
+    model.save_pretrained(tmp_path / "full")
+    save_tokenizer(tmp_path / "full")
+    assert models.type_signature(tmp_path / "full", read_card(tmp_path / "d").base_digest) == read_card(tmp_path / "d").signature
+    stored = (tmp_path / "d" / "delta.safetensors").stat().st_size / (tmp_path / "full" / "model.safetensors").stat().st_size
+    assert stored < {"delta8": 0.5, "delta4": 0.4}[encoding]  # of a model so small the header takes much
+
+
+def test_an_upload_without_any_change_is_sound(base: Path, tmp_path: Path) -> None:
+    save_compact_upload(tmp_path / "d", base)
+    write_delta(tmp_path / "d", models.load_model(base).state_dict(), open_base(str(base)), "delta8")
+    sign_again(tmp_path / "d")
+    assert codes(tmp_path / "d") == set()
+    assert load_file(tmp_path / "d" / "delta.safetensors") == {}
 
 
 def rewrite(name: str, change: Callable[[dict], object]) -> Callable[[Path], None]:
@@ -251,6 +297,81 @@ def test_an_adapter_must_fit_its_base(base: Path, tmp_path: Path) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
     write_card(folder, read_card(folder).model_copy(update={"base_digest": "1" * 64}))
     assert "base-differs" in codes(folder)
+
+
+def recode(change: Callable[[dict[str, torch.Tensor]], object], **metadata: str) -> Callable[[Path], None]:
+    def mutate(folder: Path) -> None:
+        tensors = load_file(folder / "delta.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "delta.safetensors", metadata=FORMAT | metadata)
+
+    return mutate
+
+
+BIAS = "transformer.ln_f.bias"
+LIES = {
+    "negative scale": ("non-finite", recode(lambda t: t[f"{BIAS}.scales"].fill_(-1e-3))),
+    "NaN scale": ("non-finite", recode(lambda t: t[f"{BIAS}.scales"].fill_(float("nan")))),
+    "infinite scale": ("non-finite", recode(lambda t: t[f"{BIAS}.scales"].fill_(float("inf")))),
+    "large scale": ("non-finite", recode(lambda t: t[f"{BIAS}.scales"].fill_(1e6))),
+    "a code too few": ("shape-mismatch", recode(lambda t: t.update({f"{BIAS}.codes": t[f"{BIAS}.codes"][:-1].clone()}))),
+    "a code too many": ("shape-mismatch", recode(lambda t: t.update({f"{BIAS}.codes": torch.zeros(17, dtype=torch.int8)}))),
+    "a scale too many": ("shape-mismatch", recode(lambda t: t.update({f"{BIAS}.scales": torch.zeros(2, dtype=torch.bfloat16)}))),
+    "codes of 4 bits": ("shape-mismatch", recode(lambda t: t.update({f"{BIAS}.codes": torch.zeros(8, dtype=torch.uint8)}))),
+    "codes of 32 bits": ("dtype", recode(lambda t: t.update({f"{BIAS}.codes": torch.zeros(16, dtype=torch.int32)}))),
+    "other scales": ("dtype", recode(lambda t: t.update({f"{BIAS}.scales": torch.zeros(1)}))),
+    "no scales": ("tensor-missing", recode(lambda t: t.pop(f"{BIAS}.scales"))),
+    "no codes": ("tensor-missing", recode(lambda t: t.pop(f"{BIAS}.codes"))),
+    "another tensor": ("tensor-extra", recode(lambda t: t.update({"backdoor.codes": torch.zeros(1, dtype=torch.int8)}))),
+    "a tied copy": ("tensor-extra", recode(lambda t: t.update({"lm_head.weight.codes": torch.zeros(1, dtype=torch.int8)}))),
+    "a third part": ("tensor-extra", recode(lambda t: t.update({f"{BIAS}.zeros": torch.zeros(1)}))),
+    "plain weights": ("tensor-extra", recode(lambda t: t.update({"weight": torch.zeros(1)}))),
+    "another version": ("delta-version", recode(lambda t: None, deepfusion_delta="2")),
+    "no header": ("weights-damaged", lambda folder: (folder / "delta.safetensors").write_bytes(b"")),
+    "weights too": ("weights-extra", save_checkpoint),
+    "another model": ("base-differs", rewrite("config.json", lambda config: config.update(n_embd=32))),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_lies_in_compact_uploads_are_found(lie: str, base: Path, tmp_path: Path) -> None:
+    code, mutate = LIES[lie]
+    save_compact_upload(tmp_path / "d", base)
+    mutate(tmp_path / "d")
+    sign_again(tmp_path / "d")
+    assert codes(tmp_path / "d") == {code}
+
+
+def test_a_compact_upload_must_fit_its_card_and_its_base(base: Path, upload: Path, tmp_path: Path) -> None:
+    save_compact_upload(tmp_path / "d", base)
+    honest = read_card(tmp_path / "d")
+    for change, code in (
+        ({"encoding": "weights"}, "encoding-mismatch"),
+        ({"encoding": "delta4"}, "shape-mismatch"),
+        ({"base_digest": "1" * 64}, "base-differs"),
+        ({"base_digest": ""}, "base-differs"),
+        ({"base": "nowhere"}, "no-model"),
+        ({"base": "tiny-gpt2"}, "base-differs"),
+    ):
+        write_card(tmp_path / "d", honest.model_copy(update=change))
+        assert code in codes(tmp_path / "d"), change
+    write_card(upload, read_card(upload).model_copy(update={"encoding": "delta8"}))
+    assert codes(upload) == {"encoding-mismatch"}
+    write_card(tmp_path / "d", honest.model_copy(update={"method": "lora"}))
+    assert codes(tmp_path / "d") == {"card-invalid"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_bytes_in_place_of_a_change_end_in_a_verdict(data: st.DataObject, compact: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(shutil.copytree(compact, Path(scratch) / "d00"))
+        content = bytearray((folder / "delta.safetensors").read_bytes())
+        start = data.draw(st.integers(0, len(content)))
+        content[start : start + data.draw(st.integers(0, 40))] = data.draw(st.binary(max_size=40))
+        (folder / "delta.safetensors").write_bytes(data.draw(st.sampled_from([content, content[start:], content[:start]])))
+        sign_again(folder)
+        assert all(problem.code and problem.message for problem in check_upload(folder, LIMIT))
 
 
 def test_an_adapter_and_full_weights_say_so(upload: Path) -> None:

@@ -14,8 +14,9 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from deepfusion import __version__, models, progress
 from deepfusion.artefacts import write_transport
 from deepfusion.card import Card, write_card
-from deepfusion.checkpoints import whole_folder
-from deepfusion.config import Config, DeviceSpec
+from deepfusion.checkpoints import WholeModel, whole_folder
+from deepfusion.compact import open_base, write_delta
+from deepfusion.config import Config, DeviceSpec, Encoding
 from deepfusion.corpus import Document
 from deepfusion.data import make_splits, reading_order, windows
 from deepfusion.distillation import Collator, Distiller, LossWeights
@@ -132,7 +133,7 @@ def train_device(
     Returns:
         The losses before and after, in nats per completion token.
     """
-    name, method = str(device.id), device.method or config.device.method
+    name, method, encoding = str(device.id), device.method or config.device.method, config.device.upload
     done = upload / "card.json"
     if done.is_file():
         card = Card.model_validate_json(done.read_text("utf-8"))
@@ -141,6 +142,7 @@ def train_device(
         _check_memory(config, device, method)
     precision = models.resolve_precision(config.precision)
     base = models.resolve(device.type)
+    public = None if encoding == "weights" else open_base(device.type)  # whatever is wrong with it is said before the training
     tokenizer = models.load_tokenizer(base)
     student = _load_student(base, method, precision, name)
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -177,16 +179,22 @@ def train_device(
     student.eval()
     after = _loss(student, tokenizer, held_out, config)
     with whole_folder(upload) as part:
-        _save_weights(student, adapter, base, part, device.type)
+        if public is None:
+            error = 0.0
+            _save_weights(student, adapter, base, part, device.type)
+        else:
+            error = _save_change(student, public, encoding, part)
         tokenizer.save_pretrained(part)
         card = Card(
             device=name,
             type=public_name,
             model_class=type(student).__name__,
             signature=models.type_signature(part, models.base_digest(device.type)),
-            base=public_name if method == "full" else device.type,  # the server needs the place for adapters only
+            base=public_name if method == "full" and public is None else device.type,  # all weights need no place on the server
             base_digest=models.base_digest(device.type),
             method=method,
+            encoding=encoding,
+            encoding_error=error,
             embedding=embed([e.text for e in private], config.device.encoder, config.device.embedding_size).tolist(),
             encoder=config.device.encoder,
             tokens=sum(len(tokenizer(e.text, add_special_tokens=False).input_ids) for e in private),
@@ -205,7 +213,7 @@ def train_device(
 
 def _save_weights(student: PreTrainedModel, adapter: Any, base: str, folder: Path, name: str) -> None:
     if adapter is None:
-        torch.nn.Module.to(student, _stored_dtype(base))
+        torch.nn.Module.to(student, models.stored_dtype(base))
         student.save_pretrained(folder)
         return
     settings = adapter.peft_config["default"]
@@ -214,6 +222,15 @@ def _save_weights(student: PreTrainedModel, adapter: Any, base: str, folder: Pat
     adapter.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card names local paths
     models.read_config(base).save_pretrained(folder)  # the student's own may speak of quantisation
+
+
+def _save_change(student: PreTrainedModel, public: WholeModel, encoding: Encoding, folder: Path) -> float:
+    """What training changed of the public checkpoint; the largest error of a weight."""
+    error = write_delta(folder, student.state_dict(), public, encoding)
+    models.read_config(public.folder).save_pretrained(folder)
+    if student.generation_config is not None:
+        student.generation_config.save_pretrained(folder)
+    return error
 
 
 def _load_student(base: str, method: str, precision: str, name: str) -> PreTrainedModel:
@@ -232,12 +249,6 @@ def _load_student(base: str, method: str, precision: str, name: str) -> PreTrain
             code="no-qlora",
         ) from None  # fmt: skip
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-
-
-def _stored_dtype(base: str) -> torch.dtype:
-    """Uploads are as precise as the public checkpoint they came from: bf16 halves what crosses the network."""
-    dtype = models.read_config(base).dtype
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def _loss(model: PreTrainedModel, tokenizer: Any, held_out: list[Example], config: Config) -> float:

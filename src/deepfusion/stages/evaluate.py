@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from deepfusion import progress
 from deepfusion.card import read_card
+from deepfusion.compact import DELTA, Compact
 from deepfusion.config import Config
 from deepfusion.data import Example, load_source, make_splits
 from deepfusion.jobs import run_jobs
@@ -156,10 +157,16 @@ def _measure_all(config: Config, plan: _Plan, test: list[Example], units: Path) 
 
 
 def _load(folder: Path, precision: str) -> PreTrainedModel:
-    """A checkpoint, or the adapter of an upload on the base that its card names."""
+    """A checkpoint, or the adapter or the change of an upload on the base that its card names."""
     if (folder / "adapter_config.json").is_file():
         base = load_model(resolve(read_card(folder).base), precision)
         model = PeftModel.from_pretrained(base, folder).merge_and_unload()
+    elif (folder / DELTA).is_file():
+        whole = Compact(folder, base_type := read_card(folder).base)
+        model = load_model(resolve(base_type), precision)
+        tensors = model.state_dict()
+        for name in whole.names():
+            tensors[name].copy_(whole.get(name))
     else:
         model = load_model(folder, precision)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -12,7 +12,8 @@ from transformers import GenerationConfig
 
 from deepfusion import models, progress
 from deepfusion.adapters import ADAPTER_CONFIG, open_adapter
-from deepfusion.checkpoints import TensorReader, TensorWriter, copy_tokenizer, mean_of, whole_folder
+from deepfusion.checkpoints import TensorWriter, copy_tokenizer, mean_of, whole_folder
+from deepfusion.compact import DELTA, Compact, open_whole
 from deepfusion.config import Config
 from deepfusion.errors import InputError
 
@@ -21,7 +22,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     """Writes `out`/proxies/<k>/: a Hugging Face checkpoint, the mean of the cluster's members [DF eq. 6].
 
     Raises:
-        InputError: the public checkpoint of a LoRA upload cannot be had.
+        InputError: the public checkpoint of an adapter or a compact upload cannot be had.
     """
     registry = {entry["device"]: entry for entry in json.loads(inputs["registry"].read_text("utf-8"))}
     clusters = json.loads(inputs["clusters"].read_text("utf-8"))["clusters"]
@@ -49,13 +50,14 @@ def average(folders: list[Path], entries: list[dict[str, Any]], weights: list[fl
     """`mbar = sum w_n m_n / sum w_n` over checkpoints of one type: accumulated in fp32, cast once, one tensor at a time.
 
     Args:
-        folders: upload folders; an upload with an adapter stands for the public checkpoint plus its low-rank update.
+        folders: upload folders; an adapter stands for the public checkpoint plus its low-rank update, a compact upload
+            for that checkpoint plus its change.
         entries: what the registry says of each (`device`, `base`, `base_digest`).
         weights: of each in the mean; only their ratios count.
         out: folder of the averaged checkpoint.
 
     Raises:
-        InputError: the public checkpoint of an adapter cannot be had, or buffers that must be equal differ.
+        InputError: the public checkpoint of an adapter or a compact upload cannot be had, or buffers that must be equal differ.
     """
     dtype = torch.float32
     members = [_member(folder, entry) for folder, entry in zip(folders, entries, strict=True)]
@@ -89,42 +91,31 @@ class _Member(Protocol):
 
 
 def _member(folder: Path, entry: dict[str, Any]) -> _Member:
-    return _Adapted(folder, entry) if (folder / ADAPTER_CONFIG).is_file() else _Full(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        return _Adapted(folder, _base(entry))
+    if (folder / DELTA).is_file():
+        return Compact(folder, _base(entry))
+    return open_whole(folder)
 
 
-class _Full:
-    """The tensors of a checkpoint by their names in the whole model; some hub checkpoints leave the trunk's prefix out."""
-
-    def __init__(self, folder: Path) -> None:
-        self.reader = TensorReader(folder)
-        known = models.architecture(models.read_config(folder))
-        stored = set(self.reader.names())
-        own = {name: name if name in stored else name.removeprefix(known.prefix) for name in known.tensors}
-        self.stored = {name: stored_name for name, stored_name in own.items() if stored_name in stored}
-
-    def names(self) -> list[str]:
-        return sorted(self.stored)
-
-    def get(self, name: str) -> torch.Tensor:
-        return self.reader.get(self.stored[name])
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.reader.dtype(self.stored[name])
+def _base(entry: dict[str, Any]) -> str:
+    """The model type whose public checkpoint an upload refers to."""
+    if models.base_digest(entry["base"]) != entry["base_digest"]:
+        raise InputError(
+            f"the server's {entry['base']} is not the checkpoint that the training began with",
+            where=f"device {entry['device']}",
+            fix="bring the same revision to both sides",
+            code="base-differs",
+        )
+    return str(entry["base"])
 
 
 class _Adapted:
     """A public checkpoint with a LoRA update merged in exactly: `W + scale * B A`, in fp32."""
 
-    def __init__(self, folder: Path, entry: dict[str, Any]) -> None:
-        base = Path(models.resolve(entry["base"]))
-        if models.base_digest(entry["base"]) != entry["base_digest"]:
-            raise InputError(
-                f"the server's {entry['base']} is not the checkpoint that the adapter was trained on",
-                where=f"device {entry['device']}",
-                fix="bring the same revision to both sides",
-                code="base-differs",
-            )
-        self.base = _Full(base)
+    def __init__(self, folder: Path, type: str) -> None:
+        base = models.resolve(type)
+        self.base = open_whole(base)
         self.transposed = models.architecture(models.read_config(base)).transposed
         self.adapter = open_adapter(folder)
 
