@@ -254,16 +254,19 @@ def test_slow_answers_are_given_up_and_asked_for_again(endpoint: Endpoint) -> No
         free.wait(10)
 
     def drips(handler: Handler, _: dict[str, Any]) -> None:
+        late = json.dumps({"choices": [{"message": {"content": '{"score": 1}'}}]}).encode()
         handler.send_response(200)
-        handler.send_header("Content-Length", "100000")
+        handler.send_header("Content-Length", str(60 + len(late)))
         handler.end_headers()
-        while not free.wait(0.05):
+        for _ in range(60):
+            free.wait(0.05)
             handler.wfile.write(b" ")
+        handler.wfile.write(late)
 
     endpoint.script = {"A?": [silent], "B?": [drips]}
     found = judge(endpoint, seconds=0.5).score(answers("A?", "B?"))
     free.set()
-    assert found["scored"] == 2
+    assert (found["scored"], found["score"]) == (2, 60)
     assert len(endpoint.requests) >= 4
 
 
