@@ -30,6 +30,7 @@ from deepfusion.compact import FORMAT, open_base, write_delta
 from deepfusion.config import Encoding
 from deepfusion.digests import folder_digest
 from deepfusion.errors import InputError
+from deepfusion.federation.offer import check_offer, read_offer
 from deepfusion.upload import adopt_checkpoint, check_upload
 
 LIMIT = 10**8
@@ -120,6 +121,7 @@ def test_a_compact_upload_is_sound_and_of_the_type_of_full_ones(kind: str, encod
     model = save_compact_upload(tmp_path / "d", tmp_path / "base", encoding)
     assert codes(tmp_path / "d", bases={str(tmp_path / "base")}) == set()
     assert codes(tmp_path / "d", bases=["other"]) == {"unknown-base"}
+    check_offer(read_offer(tmp_path / "d"), "d", LIMIT)
     model.save_pretrained(tmp_path / "full")
     save_tokenizer(tmp_path / "full")
     assert models.type_signature(tmp_path / "full", read_card(tmp_path / "d").base_digest) == read_card(tmp_path / "d").signature
