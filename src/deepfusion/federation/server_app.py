@@ -41,7 +41,7 @@ def main(grid: Grid, context: Context) -> None:
 
 @dataclass
 class _Pending:
-    """A message on its way; `sent` in seconds since the epoch."""
+    """A message on its way; `sent` in seconds since the epoch, `task` while the ledger has yet to say "training"."""
 
     message: str
     sent: float
@@ -72,6 +72,7 @@ class Coordinator:
         for node_id, pending in list(self.pending.items()):
             if pending.task and time.time() - pending.sent > SILENT_SECONDS and node_id in names:
                 self.ledger.set_state(names[node_id], "training")
+                pending.task = False  # told once: every access to the ledger takes a lock
             for reply in self.grid.pull_messages([pending.message]):
                 busy = True
                 del self.pending[node_id]
