@@ -33,10 +33,18 @@ def test_overrides_reach_every_cell() -> None:
     assert cell.config().tune.steps == 7
 
 
-@pytest.mark.parametrize(("group", "name"), [(group, name) for group, variants in ABLATIONS.items() for name in variants])
-def test_every_variant_changes_a_config_that_is_valid(group: str, name: str) -> None:
-    variant: Variant = ABLATIONS[group][name]
-    cells = [Cell(case, 16, 0, variant.method, name, variant.shared, variant.own) for case in CASES]
+VARIANTS = [variant for variants in ABLATIONS.values() for variant in variants]
+
+
+def test_variants_do_not_share_a_result() -> None:
+    names = [(variant.method, variant.name) for variant in VARIANTS]
+    assert len(names) == len(set(names))
+    assert {v.method for v in ABLATIONS["vaa"] if v.name == "plain-features"} == {"paper", "fused"}
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.method}-{v.name}")
+def test_every_variant_changes_a_config_that_is_valid(variant: Variant) -> None:
+    cells = [Cell(case, 16, 0, variant.method, variant.name, variant.shared, variant.own) for case in CASES]
     plain = [Cell(case, 16, 0, variant.method) for case in CASES]
     recipe = [f"recipe={variant.method}"] if variant.method in RECIPES else []
     assert [cell.config(*recipe, *cell.own) for cell in cells] != [cell.config(*recipe) for cell in plain]

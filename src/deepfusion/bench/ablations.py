@@ -10,21 +10,25 @@ from deepfusion.errors import InputError
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of an ablation table: `own` changes the server's work alone, `shared` the devices' too."""
+    """One row of an ablation table: `own` changes the server's work alone, `shared` the devices' too.
+
+    `name` is unique among the variants of a method, over all groups: results are stored by it.
+    """
 
     method: str
+    name: str
     own: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
 
 
-def _each(method: str, **changes: str) -> dict[str, Variant]:
-    return {name.replace("_", "-"): Variant(method, tuple(change.split())) for name, change in changes.items()}
+def _each(method: str, **changes: str) -> tuple[Variant, ...]:
+    return tuple(Variant(method, name.replace("_", "-"), tuple(change.split())) for name, change in changes.items())
 
 
-ABLATIONS: dict[str, dict[str, Variant]] = {
+ABLATIONS: dict[str, tuple[Variant, ...]] = {
     # Is View-Aligned Attention worth it? In recipe paper, whose phase II it is made for, and in recipe fused.
-    "vaa": {
-        **_each(
+    "vaa": (
+        *_each(
             "paper",
             no_features="distill.alpha=0",
             plain_features="distill.vaa.mode=direct",
@@ -33,14 +37,14 @@ ABLATIONS: dict[str, dict[str, Variant]] = {
             alpha_1="distill.alpha=1",
             alpha_10="distill.alpha=10",
         ),
-        **_each(
+        *_each(
             "fused",
             vaa="distill.alpha=0.1",
             vaa_alpha_1="distill.alpha=1",
             vaa_causal="distill.alpha=1 distill.vaa.causal=true",
             plain_features="distill.alpha=1 distill.vaa.mode=direct",
         ),
-    },
+    ),
     "vaa-sizes": _each(
         "paper",
         J_1="distill.vaa.stages=1",
@@ -50,11 +54,11 @@ ABLATIONS: dict[str, dict[str, Variant]] = {
         d_16="distill.vaa.width=16",
         d_256="distill.vaa.width=256",
     ),
-    "losses": {
-        **_each(
+    "losses": (
+        *_each(
             "paper", beta_0="distill.beta=0 distill.chunk_weight=0", beta_3="distill.beta=3", temperature_2="distill.temperature=2"
         ),
-        **_each(
+        *_each(
             "fused",
             beta_3="distill.beta=3 tune.beta=3",
             beta_03="distill.beta=0.3 tune.beta=0.3",
@@ -62,7 +66,7 @@ ABLATIONS: dict[str, dict[str, Variant]] = {
             no_chunks="distill.chunk_weight=0 tune.chunk_weight=0",
             no_ce="distill.ce_weight=0 tune.ce_weight=0",
         ),
-    },
+    ),
     "recipe": _each(
         "fused",
         no_trunk="distill.trunk_share=0",
@@ -83,18 +87,14 @@ ABLATIONS: dict[str, dict[str, Variant]] = {
         silent_shared="merge.shared_expert=zero",
     ),
     # The same care for all: learning rates of every method around the case's own, 2e-3.
-    "learning-rates": {
-        f"{method}-lr-{rate:g}": Variant(method, tuple(f"{key}.learning_rate={rate}" for key in keys))
+    "learning-rates": tuple(
+        Variant(method, f"lr-{rate:g}", tuple(f"{key}.learning_rate={rate}" for key in keys))
         for method, keys in {
-            "fused": ("distill", "tune"),
-            "paper": ("distill", "tune"),
-            "fedkmt": ("distill", "tune"),
-            "ofakd": ("distill", "tune"),
-            "public": ("distill", "tune"),
+            **dict.fromkeys(("fused", "paper", "fedkmt", "ofakd", "public"), ("distill", "tune")),
             "fedjets": ("device",),
         }.items()
         for rate in (1e-3, 4e-3)
-    },
+    ),
     # Does the upper bound train to convergence? Half and twice its steps.
     "centralized": _each("centralized", half="tune.steps=1200 device.epochs=3", twice="tune.steps=4800 device.epochs=12"),
     "clusters": _each(
@@ -104,29 +104,29 @@ ABLATIONS: dict[str, dict[str, Variant]] = {
         K_8="experts=8",
         proxy_per_device="experts=16",
     ),
-    "public": {
-        "in-domain": Variant("fused", ("data.public=[in_domain]",)),
-        "with-samples": Variant("fused", ("data.public=[in_domain, sampled]", "distill.sampled_ce=0")),
-        "samples-ce": Variant("fused", ("data.public=[in_domain, sampled]", "distill.sampled_ce=1")),
-        "many-samples": Variant(
-            "fused", ("data.public=[in_domain, sampled]", "distill.sampled_ce=0", "data.sampled_documents=384")
+    "public": (
+        *_each(
+            "fused",
+            in_domain="data.public=[in_domain]",
+            with_samples="data.public=[in_domain,sampled] distill.sampled_ce=0",
+            samples_ce="data.public=[in_domain,sampled] distill.sampled_ce=1",
+            many_samples="data.public=[in_domain,sampled] distill.sampled_ce=0 data.sampled_documents=384",
+            sampled_only="data.public=[sampled] distill.sampled_ce=0 data.sampled_documents=384",
+            generic="data.public=[generic]",
+            generic_sampled="data.public=[generic,sampled] distill.sampled_ce=0",
         ),
-        "sampled-only": Variant("fused", ("data.public=[sampled]", "distill.sampled_ce=0", "data.sampled_documents=384")),
-        "generic": Variant("fused", ("data.public=[generic]",)),
-        "generic-sampled": Variant("fused", ("data.public=[generic, sampled]", "distill.sampled_ce=0")),
-        "paper-sampled-only": Variant("paper", ("data.public=[sampled]", "data.sampled_documents=384")),
-    },
-    "devices": {
-        "all-llama": Variant("fused", shared=("device.types=[tiny-llama]",)),
-        "paper-all-llama": Variant("paper", shared=("device.types=[tiny-llama]",)),
-        "by-domain": Variant("fused", shared=("data.partition.scheme=by_domain",)),
-        "paper-by-domain": Variant("paper", shared=("data.partition.scheme=by_domain",)),
-    },
+        *_each("paper", sampled_only="data.public=[sampled] data.sampled_documents=384"),
+    ),
+    "devices": tuple(
+        Variant(method, name, shared=(change,))
+        for method in ("fused", "paper")
+        for name, change in (("all-llama", "device.types=[tiny-llama]"), ("by-domain", "data.partition.scheme=by_domain"))
+    ),
 }
 
 
-def ablation_cells(groups: list[str], case: str, devices: int, seeds: range) -> list[Cell]:
-    """The cells of the groups, and the unchanged ones that they are compared with.
+def ablation_cells(groups: list[str], case: str, devices: int, seeds: range, given: tuple[str, ...] = ()) -> list[Cell]:
+    """The cells of the groups, and the unchanged ones that they are compared with; `given` overrides hold for all.
 
     Raises:
         InputError: there is no such group.
@@ -134,7 +134,7 @@ def ablation_cells(groups: list[str], case: str, devices: int, seeds: range) -> 
     for group in groups:
         if group not in ABLATIONS:
             raise InputError(f"there is no ablation {group}", allowed=", ".join(ABLATIONS), code="unknown-ablation")
-    variants = {name: variant for group in groups for name, variant in ABLATIONS[group].items()}
-    plain = [Cell(case, devices, seed, method) for seed in seeds for method in dict.fromkeys(v.method for v in variants.values())]
-    changed = [Cell(case, devices, seed, v.method, name, v.shared, v.own) for seed in seeds for name, v in variants.items()]
+    variants = [variant for group in groups for variant in ABLATIONS[group]]
+    plain = [Cell(case, devices, seed, m, shared=given) for seed in seeds for m in dict.fromkeys(v.method for v in variants)]
+    changed = [Cell(case, devices, seed, v.method, v.name, (*given, *v.shared), v.own) for seed in seeds for v in variants]
     return plain + changed

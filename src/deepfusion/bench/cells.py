@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import psutil
 import torch
 
 from deepfusion import pipeline, progress
@@ -87,12 +86,11 @@ def run_cells(cells: Sequence[Cell], runs: Path, results: Path, workers: int | N
     open_ = [cell for cell in cells if stored(cell, results) is None]
     if len(open_) < len(cells):
         progress.say(f"[bench] {len(cells) - len(open_)} of {len(cells)} cells have their result already")
-    first = {_uploads(cell, runs): cell for cell in reversed(open_)}
-    tasks = []
-    for block, cell in _ahead([*dict.fromkeys(_uploads(cell, runs) for cell in open_)], open_, runs):
-        tasks.append({"cell": first[block] if cell is None else cell, "devices_only": cell is None})
-    common = {"runs": runs, "results": results}
-    run_jobs(_task, [task | common for task in tasks], workers or default_workers())
+    blocks: dict[Path, list[Cell]] = {}
+    for cell in open_:
+        blocks.setdefault(_uploads(cell, runs), []).append(cell)
+    tasks = [{"cell": cell, "devices_only": only, "runs": runs, "results": results} for cell, only in _ahead([*blocks.values()])]
+    run_jobs(_task, tasks, workers or default_workers())
     return [found for cell in cells if (found := stored(cell, results)) is not None]
 
 
@@ -116,13 +114,12 @@ def stored(cell: Cell, results: Path) -> dict[str, Any] | None:
     return found
 
 
-def _ahead(blocks: list[Path], cells: Sequence[Cell], runs: Path) -> Iterator[tuple[Path, Cell | None]]:
-    """Blocks of devices one ahead of the cells that need them, so that no worker waits for devices to be trained."""
-    yield from ((block, None) for block in blocks[:2])
+def _ahead(blocks: list[list[Cell]]) -> Iterator[tuple[Cell, bool]]:
+    """Cells, and before them their devices alone, two blocks ahead, so that no worker waits for devices to be trained."""
+    yield from ((block[0], True) for block in blocks[:2])
     for number, block in enumerate(blocks):
-        if number + 2 < len(blocks):
-            yield blocks[number + 2], None
-        yield from ((block, cell) for cell in cells if _uploads(cell, runs) == block)
+        yield from ((ahead[0], True) for ahead in blocks[number + 2 : number + 3])
+        yield from ((cell, False) for cell in block)
 
 
 def _uploads(cell: Cell, runs: Path) -> Path:
@@ -207,7 +204,6 @@ def _measured(cell: Cell, uploads: Path, out: Path) -> dict[str, Any]:
         "transport": transport,
         "facts": made.facts,
         "config": made.config.model_dump(mode="json"),
-        "peak_rss_bytes": psutil.Process().memory_info().rss,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device_seconds": pipeline.read_manifest(uploads)["stages"]["device"]["seconds"],
         **pipeline.provenance(),

@@ -58,6 +58,7 @@ def ablation(
     out: Out = Path("runs/bench"),
     results: Results = None,
     workers: Workers = None,
+    set: Overrides = None,
     json_: Json = False,
 ) -> None:
     """Change one thing at a time; measured on the devices' held-out text."""
@@ -65,7 +66,7 @@ def ablation(
     from deepfusion.bench.cells import run_cells
 
     chosen = list(ABLATIONS) if groups == ["all"] else groups
-    cells = [cell for c in _cases(case) for cell in ablation_cells(chosen, c, devices, range(seeds))]
+    cells = [cell for c in _cases(case) for cell in ablation_cells(chosen, c, devices, range(seeds), tuple(set or ()))]
     folder = results or out / "results"
     run_cells(cells, out, folder, workers)
     _print_page(folder, out, json_)

@@ -108,10 +108,10 @@ def ablation_tables(rows: list[Row]) -> str:
     by = {(row["case"], row["devices"], row["method"], row["variant"], row["seed"]): row for row in rows}
     for group, variants in ABLATIONS.items():
         lines = []
-        for name, variant in variants.items():
+        for variant in variants:
             found: dict[tuple[str, int], list[Row]] = defaultdict(list)
             for row in rows:
-                if (row["method"], row["variant"]) == (variant.method, name):
+                if (row["method"], row["variant"]) == (variant.method, variant.name):
                     found[row["case"], row["devices"]].append(row)
             for (case, count), cells in sorted(found.items()):
                 pairs = [(by[key], cell) for cell in cells if (key := (case, count, variant.method, "", cell["seed"])) in by]
