@@ -173,7 +173,7 @@ class Distiller(nn.Module):
         loss = torch.zeros((), device=input_ids.device)
         counted = torch.stack([group.aligned.weights.sum() for group in groups])
         for group, share in zip(groups, (counted / counted.sum().clamp_min(1e-9)).tolist(), strict=True):
-            found = self._group_losses(group, states, input_ids, head)
+            found = self.group_losses(group, states, input_ids, head)
             for key, value in found.items():
                 totals[key] = totals.get(key, value.new_zeros(())) + share * value
             loss = loss + share * self._weighed(found, group)
@@ -203,7 +203,14 @@ class Distiller(nn.Module):
         hard = w.sampled_ce if group.sampled and group.teacher is not None else 1.0
         return w.ce * hard * found["ce"] + w.beta * found["kl"] + w.chunk * found["chunk"]
 
-    def _group_losses(self, group: Group, states: list[Tensor], input_ids: Tensor, head: Any) -> dict[str, Tensor]:
+    def group_losses(self, group: Group, states: list[Tensor], input_ids: Tensor, head: Any) -> dict[str, Tensor]:
+        """Scalars of one group, `ce`, `kl`, `chunk`, `accuracy`; another method of distillation overrides it and may add others.
+
+        Args:
+            states: hidden states of the whole batch, [B, T, D], of every layer where `vaa` holds modules, else the last one.
+            input_ids: int64 [B, T].
+            head: the student's output layer.
+        """
         device = input_ids.device
         rows, aligned = group.rows.to(device), group.aligned.to(device)
         student = Projection(states[-1][rows], head.weight, getattr(head, "bias", None))

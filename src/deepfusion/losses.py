@@ -140,7 +140,7 @@ def cross_entropy_and_kl(
     if comparison is None:
         block: Callable = partial(_block, student)
     else:
-        columns = _comparable(comparison.vocabulary, *widths)
+        columns = comparable_columns(comparison.vocabulary, *widths)
         block = partial(_block, student, comparison=comparison, columns=columns)
         rows.append(comparison.positions.split(size))
 
@@ -167,7 +167,7 @@ def _block(
     teacher_positions: Tensor | None = None,
     *,
     comparison: Comparison | None = None,
-    columns: tuple[_Columns, _Columns] | None = None,
+    columns: tuple[Columns, Columns] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of each target [n], and the weighted sums of correct predictions and of KL."""
     log_p = F.linear(hidden, student.weight, student.bias).float().log_softmax(-1)
@@ -186,7 +186,7 @@ def _block(
     return log_probs, correct, (kl * weights).sum() * comparison.temperature**2
 
 
-class _Columns(NamedTuple):
+class Columns(NamedTuple):
     """The columns of one model's [n, V] logits that are compared, in an order common to both models.
 
     shared: S columns, as ids or as a slice; others: the columns of the "other" bucket, None for no bucket.
@@ -208,7 +208,7 @@ class _Columns(NamedTuple):
         return self.pick(logits).log_softmax(-1)
 
 
-def _comparable(vocabulary: SharedVocabulary, student_size: int, teacher_size: int) -> tuple[_Columns, _Columns]:
+def comparable_columns(vocabulary: SharedVocabulary, student_size: int, teacher_size: int) -> tuple[Columns, Columns]:
     """The columns of student and teacher to compare.
 
     Where one side has nothing but shared tokens there is no bucket: the teacher is renormalised over the shared ones,
@@ -216,12 +216,12 @@ def _comparable(vocabulary: SharedVocabulary, student_size: int, teacher_size: i
     """
     ids = vocabulary.student_ids, vocabulary.teacher_ids
     if vocabulary.identical:
-        same = _Columns(slice(len(ids[0])), None)
+        same = Columns(slice(len(ids[0])), None)
         return same, same
     student_others, teacher_others = _complement(ids[0], student_size), _complement(ids[1], teacher_size)
     if not len(student_others) or not len(teacher_others):
-        return _Columns(ids[0], None), _Columns(ids[1], None)
-    return _Columns(ids[0], student_others), _Columns(ids[1], teacher_others)
+        return Columns(ids[0], None), Columns(ids[1], None)
+    return Columns(ids[0], student_others), Columns(ids[1], teacher_others)
 
 
 def _complement(ids: Tensor, size: int) -> Tensor:

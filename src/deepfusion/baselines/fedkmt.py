@@ -248,9 +248,9 @@ class FedKMT(Distiller):
             for number, teacher in teachers.items()
         }
 
-    def _group_losses(self, group: Group, states: list[Tensor], input_ids: Tensor, head: Any) -> dict[str, Tensor]:
+    def group_losses(self, group: Group, states: list[Tensor], input_ids: Tensor, head: Any) -> dict[str, Tensor]:
         if group.teacher is None or not self.weights.beta:
-            return super()._group_losses(group, states, input_ids, head)
+            return super().group_losses(group, states, input_ids, head)
         rows, aligned = group.rows.to(input_ids.device), group.aligned.to(input_ids.device)
         ids = input_ids[rows]
         known, shares, teacher_log_probs = self._ask(group)

@@ -24,7 +24,7 @@ from deepfusion.align import SharedVocabulary
 from deepfusion.baselines.shared import distill_with, in_blocks, teacher_output, weighted_mean
 from deepfusion.config import Config, Section, VAASection
 from deepfusion.distillation import Distiller, Group, LossWeights, Teacher
-from deepfusion.losses import _comparable
+from deepfusion.losses import comparable_columns
 from deepfusion.vaa import stage_ends
 
 
@@ -117,15 +117,15 @@ class OFAKD(Distiller):
         exits = sum(parameter.numel() for parameter in self.vaa.parameters()) + len(self.ends) * head
         return found | {"flops": found["flops"] + 6 * exits * found["tokens"]}
 
-    def _group_losses(self, group: Group, states: list[Tensor], input_ids: Tensor, head: Any) -> dict[str, Tensor]:
+    def group_losses(self, group: Group, states: list[Tensor], input_ids: Tensor, head: Any) -> dict[str, Tensor]:
         if group.teacher is None or not self.weights.beta:
-            return super()._group_losses(group, states, input_ids, head)
+            return super().group_losses(group, states, input_ids, head)
         device = input_ids.device
         rows, aligned = group.rows.to(device), group.aligned.to(device)
         teacher, temperature = self.teachers[group.teacher], self.weights.temperature
         asked, _, _ = teacher_output(teacher, group, device)
         weight, bias = head.weight, getattr(head, "bias", None)
-        ours, theirs = _comparable(teacher.vocabulary, len(weight), len(asked.weight))
+        ours, theirs = comparable_columns(teacher.vocabulary, len(weight), len(asked.weight))
         exits = cast(nn.ModuleList, self.vaa["exits"])
         final, *middle = (states[end][rows].flatten(0, 1)[aligned.student_index] for end in (-1, *self.ends))
         features = torch.stack([exit_(x) for exit_, x in zip(exits, middle, strict=True)], 1)
