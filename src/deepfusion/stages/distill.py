@@ -120,7 +120,9 @@ def distill(
         facts = {"architecture": type(student).__name__, "steps": steps, "documents": len(documents), "seed": config.seed}
         write_model_card(part, unit.capitalize(), f"A dense model {taught}: it becomes an expert of the MoE.", facts)
         if config.merge.router == "prototype" and unit != "trunk":
-            rows = _prototype(student, tokenizer, [d for d in documents if d.teacher in proxies], config)
+            # A proxy that knows no text best, as on finely mixed data, has no corner of its own: the middle of all text.
+            own = [d for d in documents if d.teacher in proxies] or documents
+            rows = _prototype(student, tokenizer, own, config)
             save_file({"prototype": rows}, part / "prototype.safetensors")
     shutil.rmtree(work, ignore_errors=True)
     if history:
