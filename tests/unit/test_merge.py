@@ -14,7 +14,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
 
 from deepfusion.config import Config, parse_config
+from deepfusion.corpus import Document
 from deepfusion.errors import InputError
+from deepfusion.sources import Example
+from deepfusion.stages.distill import distill
 from deepfusion.stages.merge import run
 
 # A Qwen2Moe without shared experts has empty weights, which torch remarks on.
@@ -33,7 +36,7 @@ def inputs(tmp_path) -> dict[str, Path]:
     """Three different bases, a trunk beside them, and prototypes."""
     vocab = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     vocab.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocab, unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocab, unk_token="<unk>", eos_token=".")
     for number in range(3):
         torch.manual_seed(number)
         folder = tmp_path / "bases" / str(number)
@@ -117,3 +120,12 @@ def test_bases_with_different_tokenizers_are_refused(inputs, tmp_path):
 def test_family_that_does_not_take_the_base_is_refused(inputs, tmp_path):
     with pytest.raises(InputError, match="allowed: llama"):
         run(config(family="deepseek"), inputs, tmp_path)
+
+
+def test_a_base_that_is_taught_no_text_has_a_router_prototype(inputs, tmp_path):
+    documents = [Document(Example("helps pays", "a dose helps now", "medicine"), "in_domain", teacher=0)]
+    settings = config(merge={"router": "prototype"})
+    distill(settings, inputs["base"], {1: inputs["base"]}, documents, 0, True, "base 1", tmp_path / "1", tmp_path / "work")
+    found = load_file(tmp_path / "1" / "prototype.safetensors")["prototype"]
+    assert found.shape == (2, 32)
+    assert found.norm(dim=1).min() > 0
