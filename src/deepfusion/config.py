@@ -269,7 +269,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "fused": {
         "clustering": {"average": "tokens"},
-        "distill": {"trunk_share": 1.0, "train": "ffn", "alpha": 0.0},
+        "distill": {"trunk_share": 1.0, "train": "ffn", "alpha": 1.0, "sampled_ce": 0.0},
         "tune": {"teachers": True, "train_experts": True},
     },
 }

@@ -39,10 +39,11 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
         ),
         *_each(
             "fused",
-            vaa="distill.alpha=0.1",
-            vaa_alpha_1="distill.alpha=1",
-            vaa_causal="distill.alpha=1 distill.vaa.causal=true",
-            plain_features="distill.alpha=1 distill.vaa.mode=direct",
+            no_features="distill.alpha=0",
+            plain_features="distill.vaa.mode=direct",
+            causal="distill.vaa.causal=true",
+            alpha_01="distill.alpha=0.1",
+            alpha_10="distill.alpha=10",
         ),
     ),
     "vaa-sizes": _each(
@@ -74,9 +75,10 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
         no_teachers_in_tune="tune.teachers=false",
         frozen_experts="tune.train_experts=false",
         plain_mean="clustering.average=uniform",
-        no_teachers="distill.beta=0 distill.chunk_weight=0 tune.teachers=false",
+        no_teachers="distill.alpha=0 distill.beta=0 distill.chunk_weight=0 tune.teachers=false",
         moe_only="distill.steps=0 tune.steps=420",
-        long_tune="distill.steps=220 tune.steps=200",
+        moe_only_equal_flops="distill.steps=0 tune.steps=300",
+        long_tune_equal_flops="distill.steps=160 tune.steps=200",
     ),
     "moe": _each(
         "fused",

@@ -79,7 +79,9 @@ def _in_place_of(name: str, run: Callable[..., dict[str, Any]]) -> Stage:
 
 
 # Cross-entropy on public text alone, for as many steps of trunk and MoE as `fused` makes with teachers.
-_PUBLIC_ONLY = ("recipe=fused", "distill.beta=0", "distill.chunk_weight=0", "tune.teachers=false", "data.public=[in_domain]")
+_PUBLIC_ONLY = (
+    "recipe=fused", "distill.alpha=0", "distill.beta=0", "distill.chunk_weight=0", "tune.teachers=false", "data.public=[in_domain]",
+)  # fmt: skip
 
 
 # At most, and no more than `device.epochs` passes; the ablation group `centralized` has half and twice as many.
