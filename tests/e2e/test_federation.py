@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 from transformers import AutoModelForCausalLM
@@ -218,6 +219,7 @@ def test_private_text_secrets_and_late_devices(federation, zoo, tmp_path):
     for name in ("ward", "clinic"):
         fed.enroll(name)
     server = fed.serve("--stay")
+    assert httpx.get(f"https://{fed.address}/v1/health", verify=False).json() == {"ok": True}  # the line says: open
     inside = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     inside.load_cert_chain(fed.home.certificate, fed.home.certificate_key)
     outside = ssl.create_default_context(cafile=str(fed.home.ca))

@@ -61,8 +61,9 @@ def start(
     if certificate is None:
         line += f" --ca-sha256 {identity.certificate_digest(home.ca.read_bytes())}"
     with _alone(home), _services(home, out, host, port, certificate, certificate_key) as services, View(ledger, home) as view:
-        progress.say(f"[server] on a device: {line} --data private.jsonl")
         try:
+            view.wait(lambda: services.healthy() and _listens(host, port))  # a device that follows the line at once finds it open
+            progress.say(f"[server] on a device: {line} --data private.jsonl")
             view.wait(lambda: services.healthy() and ledger.closed)
             _make_model(config, out, ledger)
         except KeyboardInterrupt:
@@ -267,6 +268,14 @@ def _check_port(host: str, port: int) -> None:
         except OSError as error:
             fix = "choose another --port"
             raise InputError(f"cannot listen there ({error.strerror})", where=f"{host}:{port}", fix=fix, code="port-busy") from None
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def _free_port() -> int:
