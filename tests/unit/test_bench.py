@@ -67,6 +67,14 @@ def test_a_stored_result_is_not_measured_again_unless_it_is_another_s(tmp_path: 
         run_cells([Cell("medical", 16, 0, "base", shared=("data.limit=99",))], tmp_path / "runs", tmp_path)
 
 
+def test_a_cell_that_fails_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = [Cell(case, 16, 0, "base", shared=("data.limit=10",)) for case in CASES]
+    with pytest.raises(InputError, match="2 of 2 cells failed: finance-16-seed0-base, medical-16-seed0-base"):
+        run_cells(cells, tmp_path / "runs", tmp_path / "results", workers=1)
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[0] for line in told if "failed" in line] == [f"[bench] {case}-16-seed0-base failed" for case in CASES]
+
+
 def test_the_page_of_results_comes_from_the_committed_json_bit_for_bit(tmp_path: Path) -> None:
     assert page(RESULTS, ROOT / "benchmarks" / "results" / "costs.json") == (ROOT / "docs" / "results.md").read_text("utf-8")
     for plot in write_plots(RESULTS, tmp_path):

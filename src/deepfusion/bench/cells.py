@@ -74,14 +74,14 @@ class Cell:
 
 
 def run_cells(cells: Sequence[Cell], runs: Path, results: Path, workers: int | None = None) -> list[dict[str, Any]]:
-    """Run the cells that have no result yet, side by side; results in order.
+    """Run the cells that have no result yet, side by side; results in order. A cell that fails does not stop the others.
 
     Args:
         runs: folder of the run folders, from which a killed cell continues.
         results: folder with one JSON file per finished cell.
 
     Raises:
-        InputError: a stored result of that name belongs to another config, or whatever a cell raises.
+        InputError: a stored result of that name belongs to another config, or, after all others have run, cells have failed.
     """
     open_ = [cell for cell in cells if stored(cell, results) is None]
     if len(open_) < len(cells):
@@ -90,7 +90,11 @@ def run_cells(cells: Sequence[Cell], runs: Path, results: Path, workers: int | N
     for cell in open_:
         blocks.setdefault(_uploads(cell, runs), []).append(cell)
     tasks = [{"cell": cell, "devices_only": only, "runs": runs, "results": results} for cell, only in _ahead([*blocks.values()])]
-    run_jobs(_task, tasks, workers or default_workers())
+    failed = sorted({name for name in run_jobs(_task, tasks, workers or default_workers()) if name is not None})
+    if failed:
+        what = f"{len(failed)} of {len(cells)} cells failed: {', '.join(failed)}"
+        fix = "mend what is said above of each; the same command runs them alone"
+        raise InputError(what, where=runs, fix=fix, code="cell-failed")
     return [found for cell in cells if (found := stored(cell, results)) is not None]
 
 
@@ -128,7 +132,19 @@ def _uploads(cell: Cell, runs: Path) -> Path:
     return runs / "devices" / f"{cell.case}-{cell.devices}-seed{cell.seed}-{digest}"
 
 
-def _task(cell: Cell, devices_only: bool, runs: Path, results: Path) -> None:
+def _task(cell: Cell, devices_only: bool, runs: Path, results: Path) -> str | None:
+    """Run a cell and store its result; its name if it failed."""
+    try:
+        _run(cell, devices_only, runs, results)
+    except InputError as error:
+        progress.attach(None)
+        if not devices_only:  # the cells of these devices will say so
+            progress.say(f"[bench] {cell.name} failed: {error}")
+        return cell.name
+    return None
+
+
+def _run(cell: Cell, devices_only: bool, runs: Path, results: Path) -> None:
     started = time.time()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
