@@ -119,6 +119,11 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
         ),
         *_each("paper", sampled_only="data.public=[sampled] data.sampled_documents=384"),
     ),
+    # What a small upload costs in quality, next to its bytes.
+    "uploads": tuple(
+        Variant("fused", name, shared=(change,))
+        for name, change in (("delta8", "device.upload=delta8"), ("delta4", "device.upload=delta4"), ("lora", "device.method=lora"))
+    ),
     "devices": tuple(
         Variant(method, name, shared=(change,))
         for method in ("fused", "paper")

@@ -119,8 +119,8 @@ def ablation_tables(rows: list[Row]) -> str:
                     what = "; ".join((*variant.shared, *variant.own))
                     lines.append(f"| {variant.method} | `{what}` | {case}, {count} | {_change(pairs)} | {len(pairs)} |")
         if lines:
-            head = "| recipe | change | case, N | nats per token | against unchanged | bits per byte | seeds |"
-            parts.append("\n".join([f"### {group}\n", head, "|---" * 7 + "|", *lines]))
+            head = "| recipe | change | case, N | nats per token | against unchanged | bits per byte | MB up | seeds |"
+            parts.append("\n".join([f"### {group}\n", head, "|---" * 8 + "|", *lines]))
     if not parts:
         return ""
     note = "Held-out text of the devices (validation), mean ± standard deviation over seeds; below 0 the change is better."
@@ -129,9 +129,14 @@ def ablation_tables(rows: list[Row]) -> str:
 
 def _change(pairs: list[tuple[Row, Row]]) -> str:
     plain, own = ([_value(row, "log_perplexity", "validation") for row in side] for side in zip(*pairs, strict=True))
-    bits = [_value(row, "bits_per_byte", "validation") for _, row in pairs]
+    changed = [row for _, row in pairs]
+    bits = [_value(row, "bits_per_byte", "validation") for row in changed]
     change = [b - a for a, b in zip(plain, own, strict=True)]
-    return f"{_spread(own, '.4f')} | {_spread(change, '+.4f')} | {_spread(bits, '.4f')}"
+    return f"{_spread(own, '.4f')} | {_spread(change, '+.4f')} | {_spread(bits, '.4f')} | {_moved(changed)}"
+
+
+def _moved(cells: list[Row], way: str = "up") -> str:
+    return f"{mean(row['transport'][f'total_{way}_bytes'] for row in cells) / 1e6:,.1f}"
 
 
 def _intro(rows: list[Row]) -> str:
@@ -271,7 +276,7 @@ def _budgets(rows: list[Row]) -> str:
         sides = [row["budget"]["device"] for row in cells], [_total(row["budget"]["server"].values()) for row in cells]
         forms = (("steps", ",.0f"), ("tokens", ",.0f"), ("flops", ".2e"))
         work = [format(mean(w[key] for w in side), form) for side in sides for key, form in forms]
-        moved = [f"{mean(row['transport'][key] for row in cells) / 1e6:,.1f}" for key in ("total_up_bytes", "total_down_bytes")]
+        moved = [_moved(cells), _moved(cells, "down")]
         lines.append(f"| {case}, {count} | {METHODS[name].title} | " + " | ".join([*work, *moved]) + " |")
     if not groups:
         return ""
