@@ -150,6 +150,12 @@ class DistillSection(Section):
         ge=0,
         description="what remains of ce_weight on a text that a proxy wrote, here and in tune; its teacher says more than the text",
     )
+    sampled_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="texts that proxies wrote are at most this share of what is read, here and in tune; the others come more often",
+    )
     vaa: VAASection = Field(VAASection(), description="View-Aligned Attention")
 
 
@@ -269,7 +275,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "fused": {
         "clustering": {"average": "tokens"},
-        "distill": {"trunk_share": 1.0, "train": "ffn", "alpha": 1.0, "sampled_ce": 0.0},
+        "distill": {"trunk_share": 1.0, "train": "ffn", "alpha": 1.0, "sampled_ce": 0.0, "sampled_share": 0.5},
         "tune": {"teachers": True, "train_experts": True},
     },
 }

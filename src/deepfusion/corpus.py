@@ -6,6 +6,7 @@ Every document knows its teacher: the proxy it was sampled from, else the proxy 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -85,6 +86,18 @@ def assign_teachers(documents: list[Document], proxies: list[Path], precision: s
     scores = torch.tensor(run_jobs(_score, jobs, config.jobs))  # [proxies, documents]
     best = iter(scores.argmin(0).tolist())
     return [d if d.teacher is not None else Document(d.example, d.source, next(best)) for d in documents]
+
+
+def reading_periods(documents: list[Document], sampled_share: float) -> list[int]:
+    """In every how many-th epoch each document is read (`data.reading_order`).
+
+    Samples are read so seldom that they are at most `sampled_share` of what is read, all other text in every epoch.
+    Where there is no other text, so are samples.
+    """
+    sampled = sum(d.source == "sampled" for d in documents)
+    real = len(documents) - sampled
+    period = max(1, math.ceil(sampled * (1 - sampled_share) / (sampled_share * real))) if real else 1
+    return [period if d.source == "sampled" else 1 for d in documents]
 
 
 def write_corpus(documents: list[Document], path: Path) -> None:

@@ -13,7 +13,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import overlay, sentences, small_settings, write_config, write_rows
 from deepfusion.config import Config, load_config
-from deepfusion.corpus import Document, assign_teachers, build_corpus, read_corpus, sample_counts, sample_texts, write_corpus
+from deepfusion.corpus import (
+    Document,
+    assign_teachers,
+    build_corpus,
+    read_corpus,
+    reading_periods,
+    sample_counts,
+    sample_texts,
+    write_corpus,
+)
 from deepfusion.data import Example, make_splits
 from deepfusion.errors import InputError
 
@@ -85,6 +94,20 @@ def test_proxies_that_are_best_nowhere_write_no_samples(each, taught):
     else:
         assert counts[taught.index(max(taught))] > 0
         assert all(not count for count, own in zip(counts, taught, strict=True) if 4 * len(taught) * own < sum(taught))
+
+
+@given(st.integers(0, 200), st.integers(1, 800), st.floats(0.05, 1))
+def test_samples_are_read_no_more_often_than_their_share(real, sampled, share):
+    documents = [Document(Example("", "text", "?"), source, 0) for source in ["public"] * real + ["sampled"] * sampled]
+    periods = reading_periods(documents, share)
+    assert periods[:real] == [1] * real
+    assert len(set(periods[real:])) == 1
+    period = periods[-1]
+    if not real:
+        assert period == 1
+    else:
+        assert sampled / period <= (share + 1e-9) * (real + sampled / period)
+        assert period == 1 or sampled / (period - 1) > (share - 1e-9) * (real + sampled / (period - 1))  # and no less often
 
 
 def test_samples_follow_the_seed_and_hold_what_their_proxy_knows(zoo, proxies, tmp_path):

@@ -333,6 +333,17 @@ def test_documents_are_read_equally_often(lengths: list[int], steps: int, batch_
     assert batches == reading_order(lengths, steps, batch_size, seed)
 
 
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=40), st.integers(0, 60), st.integers(1, 9), st.integers(0, 9))
+def test_some_documents_are_read_in_every_few_epochs_only(every: list[int], steps: int, batch_size: int, seed: int) -> None:
+    every[0] = 1
+    batches = reading_order([1] * len(every), steps, batch_size, seed, every)
+    assert [len(batch) for batch in batches] == [batch_size] * steps
+    counts = Counter(index for batch in batches for index in batch)
+    epochs = counts[0]
+    assert all(epochs // period - 1 <= counts[index] <= epochs // period + 1 for index, period in enumerate(every))
+
+
 def test_batches_hold_similar_lengths_in_random_order() -> None:
     lengths = np.random.default_rng(0).integers(1, 1000, 512).tolist()
     batches = reading_order(lengths, 64, 8, 0)

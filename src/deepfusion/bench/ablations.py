@@ -113,11 +113,14 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
             with_samples="data.public=[in_domain,sampled] distill.sampled_ce=0",
             samples_ce="data.public=[in_domain,sampled] distill.sampled_ce=1",
             many_samples="data.public=[in_domain,sampled] distill.sampled_ce=0 data.sampled_documents=384",
+            samples_as_they_come="distill.sampled_share=1",
             sampled_only="data.public=[sampled] distill.sampled_ce=0 data.sampled_documents=384",
             generic="data.public=[generic]",
             generic_sampled="data.public=[generic,sampled] distill.sampled_ce=0",
         ),
-        *_each("paper", sampled_only="data.public=[sampled] data.sampled_documents=384"),
+        *_each(
+            "paper", samples_at_most_half="distill.sampled_share=0.5", sampled_only="data.public=[sampled] data.sampled_documents=384"
+        ),
     ),
     # What a small upload costs in quality, next to its bytes.
     "uploads": tuple(

@@ -16,7 +16,7 @@ from deepfusion import families, models, progress
 from deepfusion.artefacts import write_model_card
 from deepfusion.checkpoints import whole_folder
 from deepfusion.config import Config
-from deepfusion.corpus import Document, build_corpus, read_corpus, write_corpus
+from deepfusion.corpus import Document, build_corpus, read_corpus, reading_periods, write_corpus
 from deepfusion.data import make_splits, reading_order
 from deepfusion.distillation import Collator, Distiller, LossWeights, Teacher
 from deepfusion.jobs import run_jobs
@@ -100,7 +100,8 @@ def distill(
         )  # fmt: skip
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(train_all or ".mlp." in name)
-        order = reading_order([len(d.example.text) for d in documents], steps, settings.batch_size, config.seed)
+        periods = reading_periods(documents, settings.sampled_share)
+        order = reading_order([len(d.example.text) for d in documents], steps, settings.batch_size, config.seed, periods)
         history = train(
             method(student, weights, teachers, vaa, config.seed),
             [[documents[i] for i in batch] for batch in order],

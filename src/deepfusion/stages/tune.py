@@ -12,7 +12,7 @@ from deepfusion import families, models
 from deepfusion.artefacts import write_final_card, write_model_card
 from deepfusion.checkpoints import whole_folder
 from deepfusion.config import Config
-from deepfusion.corpus import read_corpus
+from deepfusion.corpus import read_corpus, reading_periods
 from deepfusion.data import reading_order
 from deepfusion.distillation import Collator, Distiller, LossWeights, Teacher
 from deepfusion.jobs import run_jobs
@@ -78,7 +78,8 @@ def tune(
         temperature=settings.temperature,
         sampled_ce=config.distill.sampled_ce,
     )
-    order = reading_order([len(d.example.text) for d in documents], steps, settings.batch_size, config.seed + 1) if steps else []
+    lengths, periods = [len(d.example.text) for d in documents], reading_periods(documents, config.distill.sampled_share)
+    order = reading_order(lengths, steps, settings.batch_size, config.seed + 1, periods) if steps else []
     history = train(
         Distiller(student, weights, teachers),
         [[documents[i] for i in batch] for batch in order],
