@@ -119,7 +119,9 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
             generic_sampled="data.public=[generic,sampled] distill.sampled_ce=0",
         ),
         *_each(
-            "paper", samples_at_most_half="distill.sampled_share=0.5", sampled_only="data.public=[sampled] data.sampled_documents=384"
+            "paper",
+            samples_at_most_half="distill.sampled_share=0.5",
+            sampled_only="data.public=[sampled] data.sampled_documents=384",
         ),
     ),
     # What a small upload costs in quality, next to its bytes.
