@@ -48,6 +48,7 @@ PAPER: dict[str, dict[str, dict[str, tuple[float, ...]]]] = {
     },
 }
 PAPER_N = (16, 32, 64, 128)
+DATA_FREE = ("sampled-only", ", no public text")  # a variant of the ablations, and what the tables call it
 OTHER_TOKENIZER = ("average", "homogeneous", "proxies")  # their tokens are others: only bits per byte compare
 
 
@@ -61,11 +62,9 @@ def page(results: Path, costs_file: Path | None = None) -> str:
     rows = read_results(results)
     parts = [_intro(rows)]
     for case, title in CASES.items():
-        plain = [row for row in rows if row["case"] == case and not row["variant"]]
-        if plain:
-            parts.append(
-                f"## {title[0].upper()}{title[1:]}\n\n![Log-perplexity over N](results-{case}.svg)\n\n{case_tables(plain)}"
-            )
+        own = [row for row in rows if row["case"] == case]
+        if any(not row["variant"] for row in own):
+            parts.append(f"## {title[0].upper()}{title[1:]}\n\n![Log-perplexity over N](results-{case}.svg)\n\n{case_tables(own)}")
         else:
             parts.append(f"## {title[0].upper()}{title[1:]}\n\nNo cell has been run yet.")
     changed = ablation_tables(rows)
@@ -78,8 +77,11 @@ def page(results: Path, costs_file: Path | None = None) -> str:
 
 
 def case_tables(rows: list[Row]) -> str:
-    """The tables of one case: losses, accuracies, paired differences, and how far it is to the bound."""
-    case, counts = rows[0]["case"], sorted({row["devices"] for row in rows})
+    """The tables of one case: losses, accuracies, paired differences, and how far it is to the bound.
+
+    Of the ablations among `rows` only those without public text are shown, beside the bounds.
+    """
+    case, counts = rows[0]["case"], sorted({row["devices"] for row in rows if not row["variant"]})
     same = [name for name in METHODS if name not in OTHER_TOKENIZER]
     parts = [
         "Log-perplexity on test text, nats per token (mean over domains, then mean ± standard deviation over seeds; in brackets "
@@ -172,11 +174,12 @@ def _spread(values: Sequence[float], form: str, scale: float = 1.0) -> str:
     return f"{shown} ± {format(stdev(scaled), form.lstrip('+'))}" if len(scaled) > 1 else shown
 
 
-def _pick(rows: Iterable[Row], method: str, count: int) -> dict[int, Row]:
-    found = {row["seed"]: row for row in rows if row["method"] == method and row["devices"] == count}
+def _pick(rows: Iterable[Row], method: str, count: int, variant: str = "") -> dict[int, Row]:
+    own = [row for row in rows if (row["method"], row["variant"]) == (method, variant)]
+    found = {row["seed"]: row for row in own if row["devices"] == count}
     if method == "centralized" and not found:  # the union of all private text does not depend on N
-        fewest = min((row["devices"] for row in rows if row["method"] == method), default=None)
-        found = {row["seed"]: row for row in rows if row["method"] == method and row["devices"] == fewest}
+        fewest = min((row["devices"] for row in own), default=None)
+        found = {row["seed"]: row for row in own if row["devices"] == fewest}
     return found
 
 
@@ -207,7 +210,7 @@ def _has(row: Row, key: str) -> bool:
 
 
 def _usual_seeds(rows: list[Row]) -> int:
-    sizes = [len(_pick(rows, name, count)) for name in METHODS for count in {row["devices"] for row in rows}]
+    sizes = [len(_pick(rows, name, count)) for name in METHODS for count in sorted({row["devices"] for row in rows})]
     present = [size for size in sizes if size]
     return max(set(present), key=present.count)
 
@@ -230,11 +233,12 @@ def _bounds(rows: list[Row], counts: Sequence[int]) -> str:
     head = ["method", "N", "log-perplexity over centralized", "share of the gap from base to centralized, %"]
     head += ["bits per byte over the proxies' mean", "over the best single proxy"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name in ("fused", "paper"):
+    kinds = [(name, variant, note) for variant, note in (("", ""), DATA_FREE) for name in ("fused", "paper")]
+    for name, variant, note in kinds:
         for count in counts:
             base, bound, proxies = (_pick(rows, other, count) for other in ("base", "centralized", "proxies"))
             ratio, share, over_mean, over_best = [], [], [], []
-            for seed, row in _pick(rows, name, count).items():
+            for seed, row in _pick(rows, name, count, variant).items():
                 own, bits = _value(row, "log_perplexity"), _value(row, "bits_per_byte")
                 if seed in base and seed in bound:
                     first, last = _value(base[seed], "log_perplexity"), _value(bound[seed], "log_perplexity")
@@ -246,7 +250,7 @@ def _bounds(rows: list[Row], counts: Sequence[int]) -> str:
             columns = ((ratio, ".3f", 1.0), (share, ".1f", 100.0), (over_mean, ".3f", 1.0), (over_best, ".3f", 1.0))
             shown = [_spread(*column) if column[0] else "–" for column in columns]
             if any(column[0] for column in columns):
-                lines.append(f"| {METHODS[name].title} | {count} | " + " | ".join(shown) + " |")
+                lines.append(f"| {METHODS[name].title}{note} | {count} | " + " | ".join(shown) + " |")
     return "How far it is to the upper bound and to its teachers:\n\n" + "\n".join(lines) if len(lines) > 2 else ""
 
 
