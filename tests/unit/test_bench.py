@@ -79,3 +79,15 @@ def test_the_page_of_results_comes_from_the_committed_json_bit_for_bit(tmp_path:
     assert page(RESULTS, ROOT / "benchmarks" / "results" / "costs.json") == (ROOT / "docs" / "results.md").read_text("utf-8")
     for plot in write_plots(RESULTS, tmp_path):
         assert plot.read_bytes() == (ROOT / "docs" / plot.name).read_bytes()
+
+
+def test_the_bound_is_the_centralized_run_that_is_best_on_held_out_text(tmp_path: Path) -> None:
+    plain = json.loads((RESULTS / "finance-16-seed0-centralized.json").read_text("utf-8"))
+    for variant, validation, test in (("", 3.0, 3.5), ("half", 3.2, 3.7), ("twice", 3.1, 3.3)):  # not by the test
+        plain["variant"] = variant
+        plain["validation"]["mean_over_domains"]["log_perplexity"] = validation
+        plain["test"]["mean_over_domains"]["log_perplexity"] = test
+        (tmp_path / f"finance-16-seed0-centralized{variant}.json").write_text(json.dumps(plain), "utf-8")
+    bound = next(line for line in page(tmp_path).splitlines() if line.startswith("| centralized"))
+    assert "3.5000" in bound
+    assert "[" not in bound

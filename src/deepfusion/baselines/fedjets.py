@@ -324,7 +324,7 @@ def _members(config: Config, tokenizer: PreTrainedTokenizerBase, rounds: int) ->
         order = reading_order(lengths, steps, batch_size, config.seed + number)
         ends = [steps * part // rounds for part in range(rounds + 1)]
         parts = [order[begin:end] for begin, end in pairwise(ends)]
-        tokens = sum(len(tokenizer(example.text, add_special_tokens=False).input_ids) for example in examples)
+        tokens = sum(len(tokenizer(example.text, add_special_tokens=False, verbose=False).input_ids) for example in examples)
         members.append(Member(name, documents, parts, tokens))
     return members
 

@@ -84,7 +84,7 @@ _PUBLIC_ONLY = (
 )  # fmt: skip
 
 
-# At most, and no more than `device.epochs` passes; the ablation group `centralized` has half and twice as many.
+# At most, and no more than `device.epochs` passes. The tables take the best of this and the ablation group `centralized`.
 _CONVERGED = ("tune.steps=2400", "tune.batch_size=8")
 
 
@@ -186,5 +186,5 @@ METHODS: dict[str, Method] = {
     "average": Method("mean of the devices of a type, best type", "control", _average),
     "homogeneous": Method("MoE of the Llama-class devices (as mergekit-moe)", "control", _homogeneous),
     "proxies": Method("proxies, mean", "reference", _proxies),
-    "centralized": Method("centralized, all private text", "bound", _centralized),
+    "centralized": Method("centralized, all private text, best number of steps", "bound", _centralized),
 }

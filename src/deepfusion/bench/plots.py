@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from deepfusion.bench.cells import CASES
 from deepfusion.bench.methods import METHODS
-from deepfusion.bench.tables import read_results
+from deepfusion.bench.tables import read_results, with_best_bound
 from deepfusion.charts import COLOURS
 
 _STYLES = {"ours": "-", "baseline": "--", "control": ":", "bound": "-."}
@@ -19,7 +19,7 @@ _STYLES = {"ours": "-", "baseline": "--", "control": ":", "bound": "-."}
 
 def write_plots(results: Path, folder: Path) -> list[Path]:
     """Log-perplexity over N, one file per case, `results-CASE.svg`; returns the files."""
-    rows = [row for row in read_results(results) if not row["variant"]]
+    rows = [row for row in with_best_bound(read_results(results)) if not row["variant"]]
     written = []
     for case in CASES:
         own = [row for row in rows if row["case"] == case]

@@ -60,9 +60,10 @@ def read_results(folder: Path) -> list[Row]:
 def page(results: Path, costs_file: Path | None = None) -> str:
     """The whole page of results as Markdown; equal files give equal text."""
     rows = read_results(results)
+    bounded = with_best_bound(rows)
     parts = [_intro(rows)]
     for case, title in CASES.items():
-        own = [row for row in rows if row["case"] == case]
+        own = [row for row in bounded if row["case"] == case]
         if any(not row["variant"] for row in own):
             parts.append(f"## {title[0].upper()}{title[1:]}\n\n![Log-perplexity over N](results-{case}.svg)\n\n{case_tables(own)}")
         else:
@@ -70,10 +71,24 @@ def page(results: Path, costs_file: Path | None = None) -> str:
     changed = ablation_tables(rows)
     if changed:
         parts.append(f"## Ablations\n\n{changed}")
-    parts.append(_budgets([row for row in rows if not row["variant"]]))
+    parts.append(_budgets([row for row in bounded if not row["variant"]]))
     if costs_file is not None and costs_file.is_file():
         parts.append(costs.tables(json.loads(costs_file.read_text("utf-8"))))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def with_best_bound(rows: list[Row]) -> list[Row]:
+    """`rows`, where each centralized run is replaced by the one with the steps that are best on held-out text.
+
+    A run is a bound only where it has converged: too few steps leave something to learn, too many overfit.
+    """
+    steps = {variant.name for variant in ABLATIONS["centralized"]}
+    runs: dict[tuple[str, int, int], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["method"] == "centralized" and row["variant"] in {"", *steps}:
+            runs[row["case"], row["devices"], row["seed"]].append(row)
+    best = [min(same, key=lambda row: _value(row, "log_perplexity", "validation")) for same in runs.values()]
+    return [row for row in rows if row["method"] != "centralized"] + [{**row, "variant": ""} for row in best]
 
 
 def case_tables(rows: list[Row]) -> str:

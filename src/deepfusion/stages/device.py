@@ -198,7 +198,7 @@ def train_device(
             encoding_error=error,
             embedding=embed([e.text for e in private], config.device.encoder, config.device.embedding_size).tolist(),
             encoder=config.device.encoder,
-            tokens=sum(len(tokenizer(e.text, add_special_tokens=False).input_ids) for e in private),
+            tokens=sum(len(tokenizer(e.text, add_special_tokens=False, verbose=False).input_ids) for e in private),
             documents=len(private),
             loss_before=before,
             loss_after=after,
