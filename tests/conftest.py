@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,6 +35,8 @@ from deepfusion.config import load_config
 from deepfusion.digests import sha256_file
 
 torch.set_num_threads(1)
+# In the background of a script SIGINT is ignored, and processes that a test starts, to end with Ctrl-C, would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SUBJECTS = {
     "medicine": (
