@@ -58,6 +58,14 @@ def test_an_ablation_brings_the_unchanged_cells_with_it() -> None:
     assert len(cells) == len({cell.name for cell in cells}) == 2 * (2 + len(ABLATIONS["devices"]))
 
 
+def test_an_ablation_can_be_cut_to_some_variants_and_what_they_are_compared_with() -> None:
+    cells = ablation_cells(["vaa", "losses"], "medical", 16, range(1), only=["no-features", "as-published"])
+    asked = {("paper", "no-features"), ("fused", "no-features"), ("fedkmt", "as-published")}
+    assert {(cell.method, cell.variant) for cell in cells} == asked | {(method, "") for method, _ in asked}
+    with pytest.raises(InputError, match=r"there is no variant K-3x.*random-clusters.*unknown-ablation"):
+        ablation_cells(["clusters"], "medical", 16, range(1), only=["random-clusters", "K-3x"])
+
+
 def test_a_stored_result_is_not_measured_again_unless_it_is_another_s(tmp_path: Path) -> None:
     source = RESULTS / "medical-16-seed0-base.json"
     (tmp_path / source.name).write_bytes(source.read_bytes())

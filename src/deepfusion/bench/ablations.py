@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deepfusion.bench.cells import Cell
@@ -67,6 +68,9 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
             no_chunks="distill.chunk_weight=0 tune.chunk_weight=0",
             no_ce="distill.ce_weight=0 tune.ce_weight=0",
         ),
+        # The same care for the baselines: the weight of what they take from their teachers, and the weights of FedMKT's own code.
+        *_each("fedkmt", as_published="distill.ce_weight=0.9 distill.beta=0.1", beta_3="distill.beta=3"),
+        *_each("ofakd", beta_03="distill.beta=0.3", beta_3="distill.beta=3"),
     ),
     "recipe": _each(
         "fused",
@@ -99,12 +103,14 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
         }.items()
         for rate in (1e-3, 4e-3)
     ),
-    # Does the upper bound train to convergence? The tables take the best of these on held-out text as the bound.
+    # Does the upper bound train to convergence, and at which rate? The tables take the best of these on held-out text as the bound.
     "centralized": _each(
         "centralized",
         half="tune.steps=1200 device.epochs=3",
         twice="tune.steps=4800 device.epochs=12",
         four_times="tune.steps=9600 device.epochs=24",
+        twice_the_rate="tune.learning_rate=0.004",
+        four_times_the_rate="tune.learning_rate=0.008",
     ),
     "clusters": _each(
         "fused",
@@ -144,16 +150,33 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
 }
 
 
-def ablation_cells(groups: list[str], case: str, devices: int, seeds: range, given: tuple[str, ...] = ()) -> list[Cell]:
-    """The cells of the groups, and the unchanged ones that they are compared with; `given` overrides hold for all.
+def ablation_cells(
+    groups: Sequence[str],
+    case: str,
+    devices: int,
+    seeds: range,
+    given: tuple[str, ...] = (),
+    only: Sequence[str] | None = None,
+) -> list[Cell]:
+    """The cells of the groups, and the unchanged ones that they are compared with.
+
+    Args:
+        given: overrides that hold for all.
+        only: names of the variants to keep; None for all of the groups.
 
     Raises:
-        InputError: there is no such group.
+        InputError: there is no such group, or no such variant in the groups.
     """
     for group in groups:
         if group not in ABLATIONS:
             raise InputError(f"there is no ablation {group}", allowed=", ".join(ABLATIONS), code="unknown-ablation")
     variants = [variant for group in groups for variant in ABLATIONS[group]]
+    names = dict.fromkeys(variant.name for variant in variants)
+    for name in only or ():
+        if name not in names:
+            allowed = ", ".join(names)
+            raise InputError(f"there is no variant {name}", where=", ".join(groups), allowed=allowed, code="unknown-ablation")
+    variants = [variant for variant in variants if only is None or variant.name in only]
     plain = [Cell(case, devices, seed, m, shared=given) for seed in seeds for m in dict.fromkeys(v.method for v in variants)]
     changed = [Cell(case, devices, seed, v.method, v.name, (*given, *v.shared), v.own) for seed in seeds for v in variants]
     return plain + changed

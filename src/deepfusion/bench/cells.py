@@ -28,6 +28,8 @@ from deepfusion.stages.evaluate import capped, measure
 
 CASES = {"medical": "medical multiple choice, Qwen-MoE", "finance": "financial open answers, DeepSeek-MoE"}
 METRICS = ("log_perplexity", "bits_per_byte", "token_accuracy")
+WORK = ("steps", "tokens", "flops")
+TRANSPORT = ("total_up_bytes", "total_down_bytes")
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,10 @@ def stored(cell: Cell, results: Path) -> dict[str, Any] | None:
 
 def _ahead(blocks: list[list[Cell]]) -> Iterator[tuple[Cell, bool]]:
     """Cells, and before them their devices alone, two blocks ahead, so that no worker waits for devices to be trained."""
-    yield from ((block[0], True) for block in blocks[:2])
+    need = [next((cell for cell in block if not METHODS[cell.method].alone), None) for block in blocks]
+    yield from ((cell, True) for cell in need[:2] if cell)
     for number, block in enumerate(blocks):
-        yield from ((ahead[0], True) for ahead in blocks[number + 2 : number + 3])
+        yield from ((cell, True) for cell in need[number + 2 : number + 3] if cell)
         yield from ((cell, False) for cell in block)
 
 
@@ -150,8 +153,9 @@ def _run(cell: Cell, devices_only: bool, runs: Path, results: Path) -> None:
         torch.set_num_threads(1)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # their lines are in each run's log.txt
         uploads = _uploads(cell, runs)
-        with _alone(uploads):
-            pipeline.run(cell.config(), uploads, last="device")
+        if not METHODS[cell.method].alone:
+            with _locked(uploads):
+                pipeline.run(cell.config(), uploads, last="device")
         if devices_only:
             return
         found = _measured(cell, uploads, runs / "cells" / cell.name)
@@ -167,7 +171,7 @@ def _run(cell: Cell, devices_only: bool, runs: Path, results: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     """Waits until no other cell works in a run folder."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
@@ -200,11 +204,13 @@ def _measured(cell: Cell, uploads: Path, out: Path) -> dict[str, Any]:
         found = {text: {"mean_over_domains": _mean([m[text]["mean_over_domains"] for m in models.values()])} for text in texts}
     else:
         found = models[min(models, key=lambda name: models[name]["validation"]["mean_over_domains"]["bits_per_byte"])]
-    rounds = _work(out, "fedjets")
-    device_work = rounds if rounds["steps"] else _work(uploads, "device")
-    transport = made.transport or _transport(uploads)
-    if made.alone:
-        device_work, transport = dict.fromkeys(device_work, 0), dict.fromkeys(transport, 0)
+    if METHODS[cell.method].alone:
+        device_work, transport, device_seconds = dict.fromkeys(WORK, 0), dict.fromkeys(TRANSPORT, 0), 0
+    else:
+        rounds = _work(out, "fedjets")
+        device_work = rounds if rounds["steps"] else _work(uploads, "device")
+        transport = made.transport or _transport(uploads)
+        device_seconds = pipeline.read_manifest(uploads)["stages"]["device"]["seconds"]
     server_work = {stage: work for stage in ("distill", "tune") if (work := _work(out, stage))["steps"]}
     return {
         "case": cell.case,
@@ -221,7 +227,7 @@ def _measured(cell: Cell, uploads: Path, out: Path) -> dict[str, Any]:
         "facts": made.facts,
         "config": made.config.model_dump(mode="json"),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device_seconds": pipeline.read_manifest(uploads)["stages"]["device"]["seconds"],
+        "device_seconds": device_seconds,
         **pipeline.provenance(),
     }
 
@@ -241,13 +247,10 @@ def _work(run: Path, stage: str) -> dict[str, float]:
     last: dict[str, int] = {}
     for unit, step in rows:
         last[unit] = max(last.get(unit, 0), step)
-    return {
-        "steps": sum(last.values()),
-        "tokens": round(sum(row.get("tokens", 0) for row in rows.values())),
-        "flops": sum(row.get("flops", 0) for row in rows.values()),
-    }
+    tokens, flops = (sum(row.get(key, 0) for row in rows.values()) for key in ("tokens", "flops"))
+    return dict(zip(WORK, (sum(last.values()), round(tokens), flops), strict=True))
 
 
 def _transport(uploads: Path) -> dict[str, int]:
     found = json.loads((uploads / "transport.json").read_text("utf-8"))
-    return {key: found[key] for key in ("total_up_bytes", "total_down_bytes")}
+    return {key: found[key] for key in TRANSPORT}

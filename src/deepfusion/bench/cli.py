@@ -53,6 +53,7 @@ def paper(
 def ablation(
     groups: Annotated[list[str], typer.Argument(help="which ablations, or all")],
     case: Cases = None,
+    variants: Annotated[str | None, typer.Option(help="only these, such as no-features,causal; default all of the groups")] = None,
     devices: Annotated[int, typer.Option(help="number of devices")] = 16,
     seeds: Annotated[int, typer.Option(help="number of seeds: 0, 1, ...", min=1)] = 1,
     out: Out = Path("runs/bench"),
@@ -66,7 +67,8 @@ def ablation(
     from deepfusion.bench.cells import run_cells
 
     chosen = list(ABLATIONS) if groups == ["all"] else groups
-    cells = [cell for c in _cases(case) for cell in ablation_cells(chosen, c, devices, range(seeds), tuple(set or ()))]
+    only, given = variants.split(",") if variants else None, tuple(set or ())
+    cells = [cell for c in _cases(case) for cell in ablation_cells(chosen, c, devices, range(seeds), given, only)]
     folder = results or out / "results"
     run_cells(cells, out, folder, workers)
     _print_page(folder, out, json_)

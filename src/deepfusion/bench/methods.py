@@ -40,7 +40,6 @@ class Made:
         config: the settings it used.
         models: checkpoints to measure, by name.
         pick: where there are several, `best` on validation text stands for the method, or the `mean` of all.
-        alone: the server needed no device.
         transport: total bytes up and down, where they are not those of the uploads.
         facts: whatever else is worth keeping.
     """
@@ -48,18 +47,18 @@ class Made:
     config: Config
     models: dict[str, Path]
     pick: Literal["best", "mean"] = "best"
-    alone: bool = False
     transport: dict[str, int] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the tables."""
+    """A row of the tables; `alone`: it needs no device, so none is trained for it."""
 
     title: str
     role: Role
     run: Callable[[Task], Made]
+    alone: bool = False
 
 
 def _pipeline(*overrides: str, instead: tuple[Stage, ...] = ()) -> Callable[[Task], Made]:
@@ -90,7 +89,7 @@ _CONVERGED = ("tune.steps=2400", "tune.batch_size=8")
 
 def _base(task: Task) -> Made:
     config = task.config()
-    return Made(config, {"base": models.base_checkpoint(config.distill.base, config.family)}, alone=True)
+    return Made(config, {"base": models.base_checkpoint(config.distill.base, config.family)})
 
 
 def _public(task: Task) -> Made:
@@ -101,7 +100,7 @@ def _public(task: Task) -> Made:
         steps = f"distill.steps={config.distill.steps // part}", f"tune.steps={config.tune.steps // part}"
         made = _pipeline(*_PUBLIC_ONLY, *steps)(replace(task, out=task.out / f"part-{part}"))
         found[f"1/{part} of the steps"] = made.models["moe"]
-    return Made(config, found, alone=True)
+    return Made(config, found)
 
 
 def _proxies(task: Task) -> Made:
@@ -142,7 +141,7 @@ def _centralized(task: Task) -> Made:
     config = task.config("recipe=fused", "tune.teachers=false", *_CONVERGED)
     progress.attach(task.out)
     facts = centralized.run(config, {"start": _untaught(config, task.out)}, task.out)
-    return Made(config, {"moe": task.out / "moe" / "final"}, alone=True, facts=facts)
+    return Made(config, {"moe": task.out / "moe" / "final"}, facts=facts)
 
 
 def _fedjets(public_first: bool) -> Callable[[Task], Made]:
@@ -180,11 +179,11 @@ METHODS: dict[str, Method] = {
     "fedjets": Method("FedJETS", "baseline", _fedjets(public_first=False)),
     "fedkmt": Method("FedKMT", "baseline", _pipeline("recipe=paper", instead=(_in_place_of("distill", fedkmt.run),))),
     "ofakd": Method("OFA-KD", "baseline", _pipeline("recipe=paper", instead=(_in_place_of("distill", ofakd.run),))),
-    "base": Method("public base, untouched", "control", _base),
-    "public": Method("public text alone, best number of steps", "control", _public),
+    "base": Method("public base, untouched", "control", _base, alone=True),
+    "public": Method("public text alone, best number of steps", "control", _public, alone=True),
     "fedjets-public": Method("FedJETS after public text", "control", _fedjets(public_first=True)),
     "average": Method("mean of the devices of a type, best type", "control", _average),
     "homogeneous": Method("MoE of the Llama-class devices (as mergekit-moe)", "control", _homogeneous),
     "proxies": Method("proxies, mean", "reference", _proxies),
-    "centralized": Method("centralized, all private text, best number of steps", "bound", _centralized),
+    "centralized": Method("centralized, all private text, best number of steps", "bound", _centralized, alone=True),
 }
