@@ -204,9 +204,9 @@ def _measured(cell: Cell, uploads: Path, out: Path) -> dict[str, Any]:
         found = {text: {"mean_over_domains": _mean([m[text]["mean_over_domains"] for m in models.values()])} for text in texts}
     else:
         found = models[min(models, key=lambda name: models[name]["validation"]["mean_over_domains"]["bits_per_byte"])]
-    if METHODS[cell.method].alone:
-        device_work, transport, device_seconds = dict.fromkeys(WORK, 0), dict.fromkeys(TRANSPORT, 0), 0
-    else:
+    device_work: dict[str, float] = dict.fromkeys(WORK, 0)
+    transport, device_seconds = dict.fromkeys(TRANSPORT, 0), 0
+    if not METHODS[cell.method].alone:
         rounds = _work(out, "fedjets")
         device_work = rounds if rounds["steps"] else _work(uploads, "device")
         transport = made.transport or _transport(uploads)
