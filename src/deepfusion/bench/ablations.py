@@ -111,6 +111,7 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
         four_times="tune.steps=9600 device.epochs=24",
         twice_the_rate="tune.learning_rate=0.004",
         four_times_the_rate="tune.learning_rate=0.008",
+        answers_only="data.prompt_loss_weight=0",
     ),
     "clusters": _each(
         "fused",
