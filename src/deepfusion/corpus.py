@@ -35,7 +35,7 @@ class Document:
     teacher: int | None = None
 
 
-def build_corpus(config: Config, splits: Splits, proxies: list[Path], precision: str, work: Path) -> list[Document]:
+def build_corpus(config: Config, splits: Splits, proxies: list[Path], work: Path) -> list[Document]:
     """Gather, cut and assign the public text of a run; `work` keeps what was sampled, for a run that is taken up again.
 
     Raises:
@@ -44,10 +44,10 @@ def build_corpus(config: Config, splits: Splits, proxies: list[Path], precision:
     documents: list[Document] = []
     for source, examples in (("public", splits.public), ("generic", splits.generic)):
         documents += [Document(piece, source) for example in examples for piece in windows(example, config.data.max_chars)]
-    documents = assign_teachers(documents, proxies, precision, config)
+    documents = assign_teachers(documents, proxies, config)
     if "sampled" in config.data.public:
         taught = [sum(d.source == "public" and d.teacher == number for d in documents) for number in range(len(proxies))]
-        documents += _sampled(config, proxies, sample_counts(config.data.sampled_documents, taught), precision, work)
+        documents += _sampled(config, proxies, sample_counts(config.data.sampled_documents, taught), work)
     if not documents:
         fix = "name a file, generic or sampled"
         raise InputError("there is no public text", where="data.public", fix=fix, code="no-public-text")
@@ -76,12 +76,12 @@ def sample_counts(each: int, taught: list[int]) -> list[int]:
     return [share if wanted else 0 for wanted in useful]
 
 
-def assign_teachers(documents: list[Document], proxies: list[Path], precision: str, config: Config) -> list[Document]:
+def assign_teachers(documents: list[Document], proxies: list[Path], config: Config) -> list[Document]:
     """Give every document that has no teacher the proxy with the fewest bits per byte on it."""
     open_ = [Example("", d.example.text, d.example.domain) for d in documents if d.teacher is None]
     if not open_:
         return documents
-    common = {"examples": open_, "precision": precision, "batch_size": config.evaluate.batch_size}
+    common = {"examples": open_, "precision": config.precision, "batch_size": config.evaluate.batch_size}
     jobs = [{"folder": proxy, **common} for proxy in proxies]
     scores = torch.tensor(run_jobs(_score, jobs, config.jobs))  # [proxies, documents]
     best = iter(scores.argmin(0).tolist())
@@ -143,11 +143,11 @@ def sample_texts(folder: Path, count: int, max_chars: int, seed: int, precision:
     return [text for text in (t.strip() for t in texts) if len(text) > 16]
 
 
-def _sampled(config: Config, proxies: list[Path], counts: list[int], precision: str, work: Path) -> list[Document]:
+def _sampled(config: Config, proxies: list[Path], counts: list[int], work: Path) -> list[Document]:
     asked = [number for number, count in enumerate(counts) if count]
     jobs = [
         {"folder": proxies[number], "count": counts[number], "max_chars": config.data.max_chars,
-         "seed": config.seed * 1000 + number, "precision": precision, "cache": work / f"sampled-{number}.json"}
+         "seed": config.seed * 1000 + number, "precision": config.precision, "cache": work / f"sampled-{number}.json"}
         for number in asked
     ]  # fmt: skip
     documents = []

@@ -39,6 +39,7 @@ from deepfusion.tiny import FOLDER as TINY
 
 METHODS = ("full", "lora", "qlora")  # from the most to the least memory for one type
 LORA_TARGETS = "all-linear"  # PEFT: every linear layer but the output layer
+BF16_WIDTH = 512  # of the hidden states
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def stored_dtype(folder: str | Path) -> torch.dtype:
 
 
 def load_model(path: str | Path, precision: str = "fp32", quantization: Any = None) -> PreTrainedModel:
-    """A causal language model with its weights in `precision` (fp32 or bf16), on the CPU, in evaluation mode.
+    """A causal language model with its weights in `precision` (fp32, bf16 or auto), on the CPU, in evaluation mode.
 
     Args:
         path: anything that `resolve` takes.
@@ -186,11 +187,11 @@ def load_model(path: str | Path, precision: str = "fp32", quantization: Any = No
         InputError: missing or damaged files, pickled weights, weights that do not fit the config.
     """
     folder = resolve(str(path))
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    bf16 = resolve_precision(precision, read_config(folder)) == "bf16"
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=dtype,
+            dtype=torch.bfloat16 if bf16 else torch.float32,
             quantization_config=quantization,
             use_safetensors=True,
             trust_remote_code=False,
@@ -228,10 +229,21 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def resolve_precision(precision: str) -> str:
-    """fp32 or bf16; `auto` takes bf16 where the hardware multiplies it natively, elsewhere it is slower than fp32."""
+def resolve_precision(precision: str, config: PretrainedConfig) -> str:
+    """fp32 or bf16; `auto` takes bf16 where that is faster for a model of this config.
+
+    On a CPU that is not so below `BF16_WIDTH`: the library compiles a bf16 product for each new shape of a batch, and the
+    backward pass of bf16 attention over short texts is slow (benchmarks/precision.md).
+    """
     if precision != "auto":
         return precision
+    narrow = not torch.cuda.is_available() and getattr(config, "hidden_size", 0) < BF16_WIDTH
+    return "fp32" if narrow else hardware_precision()
+
+
+@lru_cache
+def hardware_precision() -> str:
+    """bf16 where the hardware multiplies it natively, elsewhere fp32."""
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     try:
@@ -348,9 +360,10 @@ def estimate_training_bytes(
     Args:
         method: full, lora or qlora.
         batch_size, max_tokens: the largest batch, in documents and in tokens a document.
-        precision: of the computation, fp32 or bf16.
+        precision: of the computation, fp32, bf16 or auto.
         lora_rank: rank of the LoRA matrices.
     """
+    precision = resolve_precision(precision, config)
     model = _meta_model(config)
     parameters = sum(p.numel() for p in model.parameters())
     linear = _linear_sizes(model)

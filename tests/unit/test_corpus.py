@@ -57,7 +57,7 @@ def test_teacher_is_the_proxy_that_knows_the_text(zoo, proxies, tmp_path):
         for domain in ("finance", "cooking")
         for row in sentences(domain, 10, seed=7)
     ]
-    found = assign_teachers(documents, proxies, "fp32", config(zoo, tmp_path, ["in_domain"]))
+    found = assign_teachers(documents, proxies, config(zoo, tmp_path, ["in_domain"]))
     assert [document.teacher for document in found] == [0] * 10 + [1] * 10
     assert [(d.example, d.source) for d in found] == [(d.example, d.source) for d in documents]
 
@@ -65,13 +65,13 @@ def test_teacher_is_the_proxy_that_knows_the_text(zoo, proxies, tmp_path):
 def test_known_teachers_are_kept(zoo, proxies, tmp_path):
     cooking = Example("", sentences("cooking", 1)[0]["text"], "?")
     documents = [Document(cooking, "sampled", 0), Document(cooking, "public")]
-    found = assign_teachers(documents, proxies, "fp32", config(zoo, tmp_path, ["in_domain"]))
+    found = assign_teachers(documents, proxies, config(zoo, tmp_path, ["in_domain"]))
     assert [document.teacher for document in found] == [0, 1]
 
 
 def test_samples_know_their_proxy_and_are_drawn_once(zoo, proxies, tmp_path):
     settings = config(zoo, tmp_path, ["sampled"])
-    found = build_corpus(settings, make_splits(settings), proxies, "fp32", tmp_path)
+    found = build_corpus(settings, make_splits(settings), proxies, tmp_path)
     assert {document.source for document in found} == {"sampled"}
     for number in (0, 1):
         texts = json.loads((tmp_path / f"sampled-{number}.json").read_text("utf-8"))
@@ -79,7 +79,7 @@ def test_samples_know_their_proxy_and_are_drawn_once(zoo, proxies, tmp_path):
         assert len(texts) == 5
         assert own == "".join(texts)
     (tmp_path / "sampled-1.json").write_text(json.dumps(["kept from an earlier attempt"]))
-    again = build_corpus(settings, make_splits(settings), proxies, "fp32", tmp_path)
+    again = build_corpus(settings, make_splits(settings), proxies, tmp_path)
     assert [d.example.text for d in again if d.teacher == 1] == ["kept from an earlier attempt"]
 
 
@@ -114,7 +114,7 @@ def test_samples_follow_the_seed_and_hold_what_their_proxy_knows(zoo, proxies, t
     first, second, other = (sample_texts(proxies[0], 6, 96, seed, "fp32") for seed in (1, 1, 2))
     assert first == second != other
     documents = [Document(Example("", text, "?"), "public") for text in first + other]
-    found = assign_teachers(documents, proxies, "fp32", config(zoo, tmp_path, ["in_domain"]))
+    found = assign_teachers(documents, proxies, config(zoo, tmp_path, ["in_domain"]))
     assert [document.teacher for document in found] == [0] * len(documents)
 
 
@@ -122,7 +122,7 @@ def test_mixture_is_cut_into_windows(zoo, proxies, tmp_path):
     long = write_rows(tmp_path / "long.jsonl", [{"text": " ".join(row["text"] for row in sentences("cooking", 5))}])
     settings = config(zoo, tmp_path, ["in_domain", str(long), "sampled"])
     splits = make_splits(settings)
-    found = build_corpus(settings, splits, proxies, "fp32", tmp_path)
+    found = build_corpus(settings, splits, proxies, tmp_path)
     assert all(len(document.example.text) <= settings.data.max_chars for document in found)
     public = "".join(document.example.text for document in found if document.source == "public")
     assert "".join(example.text for example in splits.public if not example.prompt)[:50] in public
@@ -133,7 +133,7 @@ def test_mixture_is_cut_into_windows(zoo, proxies, tmp_path):
 def test_no_text_at_all(zoo, proxies, tmp_path):
     settings = config(zoo, tmp_path, ["generic"])
     with pytest.raises(InputError, match="no-public-text"):
-        build_corpus(settings, make_splits(settings), proxies, "fp32", tmp_path)
+        build_corpus(settings, make_splits(settings), proxies, tmp_path)
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)

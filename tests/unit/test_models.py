@@ -113,9 +113,17 @@ def test_a_hub_name_that_cannot_be_fetched_names_the_local_way(monkeypatch: pyte
 
 
 def test_precision() -> None:
-    assert models.resolve_precision("fp32") == "fp32"
-    assert models.resolve_precision("bf16") == "bf16"
-    assert models.resolve_precision("auto") in ("fp32", "bf16")
+    narrow, wide = models.model_config("tiny-gpt2"), models.model_config("tinyllama")
+    assert [models.resolve_precision(asked, narrow) for asked in ("fp32", "bf16")] == ["fp32", "bf16"]
+    assert models.resolve_precision("auto", wide) == models.hardware_precision()
+    if not torch.cuda.is_available():
+        assert models.resolve_precision("auto", narrow) == "fp32"
+
+
+def test_a_model_is_loaded_in_the_precision_asked_for() -> None:
+    kinds = {asked: models.load_model("tiny-gpt2", asked).dtype for asked in ("fp32", "bf16", "auto")}
+    assert (kinds["fp32"], kinds["bf16"]) == (torch.float32, torch.bfloat16)
+    assert kinds["auto"] == kinds[models.resolve_precision("auto", models.model_config("tiny-gpt2"))]
 
 
 # Signatures.

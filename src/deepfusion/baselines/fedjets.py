@@ -352,7 +352,7 @@ def _train(
         unit=f"{member.name} round {number + 1}",
         work=work,
         learning_rate=settings.learning_rate,
-        precision=models.resolve_precision(config.precision),
+        precision=models.resolve_precision(config.precision, compact.config),
         seed=config.seed,
         checkpoint_seconds=math.inf,  # a device is soon trained again, and its mean loss is that of all its steps
     )

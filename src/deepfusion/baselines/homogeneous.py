@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from deepfusion import models
 from deepfusion.config import Config
 from deepfusion.corpus import build_corpus, write_corpus
 from deepfusion.data import make_splits
@@ -22,7 +21,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     bases.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
     proxies = [inputs["proxies"] / str(k) for k in range(config.experts)]
-    documents = build_corpus(config, make_splits(config), proxies, models.resolve_precision(config.precision), work)
+    documents = build_corpus(config, make_splits(config), proxies, work)
     write_corpus(documents, bases / "corpus.jsonl")
     for k, proxy in enumerate(proxies):
         distill(config, proxy, {k: proxy}, documents, 0, True, f"base {k}", bases / str(k), work / str(k))

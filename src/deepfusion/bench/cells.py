@@ -23,7 +23,6 @@ from deepfusion.data import make_splits
 from deepfusion.digests import sha256_file
 from deepfusion.errors import InputError
 from deepfusion.jobs import default_workers, run_jobs
-from deepfusion.models import resolve_precision
 from deepfusion.stages.evaluate import capped, measure
 
 CASES = {"medical": "medical multiple choice, Qwen-MoE", "finance": "financial open answers, DeepSeek-MoE"}
@@ -189,11 +188,10 @@ def _measured(cell: Cell, uploads: Path, out: Path) -> dict[str, Any]:
         "validation": capped([e for held in splits.held_out.values() for e in held], limit, config.seed),
     }
     common = {"batch_size": config.evaluate.batch_size, "max_chars": config.data.max_chars}
-    precision = resolve_precision(config.precision)
     models = {
         name: {
             text: measure(
-                out / "measured" / f"{place}-{text}.json", folder, examples, **common, precision=precision, routers=False,
+                out / "measured" / f"{place}-{text}.json", folder, examples, **common, precision=config.precision, routers=False,
                 choices=text == "test" and config.evaluate.choices,
             )["metrics"]
             for text, examples in texts.items()

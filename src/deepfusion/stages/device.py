@@ -106,7 +106,7 @@ def train_alone(config: Config, data: Path, upload: Path, type: str | None, memo
 def _largest(config: Config, memory: str, documents: list[Example]) -> str:
     plan = models.plan(
         models.parse_memory(memory), config.device.types, (config.device.method,), config.device.batch_size,
-        min(max(len(d.text) for d in documents), config.data.max_chars), models.resolve_precision(config.precision),
+        min(max(len(d.text) for d in documents), config.data.max_chars), config.precision,
         config.device.lora_rank,
     )  # fmt: skip
     if plan["chosen"] is None:
@@ -140,8 +140,8 @@ def train_device(
         return {"loss_before": card.loss_before, "loss_after": card.loss_after}
     if device.memory is not None:
         _check_memory(config, device, method)
-    precision = models.resolve_precision(config.precision)
     base = models.resolve(device.type)
+    precision = models.resolve_precision(config.precision, models.read_config(base))
     public = None if encoding == "weights" else open_base(device.type)  # whatever is wrong with it is said before the training
     tokenizer = models.load_tokenizer(base)
     student = _load_student(base, method, precision, name)
@@ -263,7 +263,7 @@ def _check_memory(config: Config, device: DeviceSpec, method: str) -> None:
     budget = models.parse_memory(device.memory or "")
     needed = models.estimate_training_bytes(
         models.model_config(device.type), method, config.device.batch_size, config.data.max_chars // 3,
-        models.resolve_precision(config.precision), config.device.lora_rank,
+        config.precision, config.device.lora_rank,
     )  # fmt: skip
     if needed > budget:
         raise InputError(

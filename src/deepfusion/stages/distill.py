@@ -36,10 +36,9 @@ def run(config: Config, inputs: dict[str, Path], out: Path, method: Callable[...
     bases.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
     proxies = [inputs["proxies"] / str(k) for k in range(config.experts)]
-    precision = models.resolve_precision(config.precision)
     families.check_base(config.family, models.read_config(models.base_checkpoint(config.distill.base, config.family)))
     if not (bases / "corpus.jsonl").is_file():
-        write_corpus(build_corpus(config, make_splits(config), proxies, precision, work), bases / "corpus.jsonl")
+        write_corpus(build_corpus(config, make_splits(config), proxies, work), bases / "corpus.jsonl")
     corpus = read_corpus(bases / "corpus.jsonl")
 
     start = models.base_checkpoint(config.distill.base, config.family)
@@ -85,15 +84,15 @@ def distill(
     if (out / "config.json").is_file():
         return None
     settings = config.distill
-    precision = models.resolve_precision(config.precision)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = models.load_tokenizer(start)
     student = models.load_model(start, "fp32")
+    precision = models.resolve_precision(config.precision, student.config)
     nn.Module.to(student, device)
     history: list[dict[str, float]] = []
     if steps:
         vaa = settings.vaa if settings.alpha > 0 else None
-        teachers = {k: Teacher(folder, tokenizer, precision, device) for k, folder in proxies.items()}
+        teachers = {k: Teacher(folder, tokenizer, config.precision, device) for k, folder in proxies.items()}
         weights = LossWeights(
             settings.ce_weight, settings.alpha, settings.beta, settings.chunk_weight, temperature=settings.temperature,
             sampled_ce=settings.sampled_ce,

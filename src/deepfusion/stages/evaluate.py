@@ -21,7 +21,7 @@ from deepfusion.config import Config
 from deepfusion.data import Example, load_source, make_splits
 from deepfusion.jobs import run_jobs
 from deepfusion.metrics import evaluate_model, expert_use
-from deepfusion.models import load_model, load_tokenizer, resolve, resolve_precision
+from deepfusion.models import load_model, load_tokenizer, resolve
 
 # The shares of experts settle long before the losses do.
 EXPERT_USE_DOCUMENTS = 64
@@ -139,7 +139,6 @@ def measure(
 
 
 def _measure_all(config: Config, plan: _Plan, test: list[Example], units: Path) -> dict[str, dict[str, Any]]:
-    precision = resolve_precision(config.precision)
     jobs = [
         {
             "unit": units / f"{name}.json",
@@ -148,7 +147,7 @@ def _measure_all(config: Config, plan: _Plan, test: list[Example], units: Path) 
             "batch_size": config.evaluate.batch_size,
             "max_chars": config.data.max_chars,
             "choices": config.evaluate.choices,
-            "precision": precision,
+            "precision": config.precision,
             "routers": name == "moe",
         }
         for name, folder in plan.folders.items()

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from deepfusion import models, progress
+from deepfusion import progress
 from deepfusion.artefacts import write_transport
 from deepfusion.config import Config
 from deepfusion.corpus import sample_texts
@@ -76,7 +76,7 @@ def _adopt(folder: Path, out: Path, config: Config) -> None:
     if (out / "card.json").is_file():
         return
     progress.say(f"[device {out.name}] a plain checkpoint: embedding what it samples")
-    texts = sample_texts(folder, SAMPLES, 512, config.seed, models.resolve_precision(config.precision))
+    texts = sample_texts(folder, SAMPLES, 512, config.seed, config.precision)
     if not texts:
         raise InputError("the checkpoint samples no text", where=folder, code="silent-checkpoint")
     embedding = embed(texts, config.device.encoder, config.device.embedding_size)

@@ -58,10 +58,10 @@ def tune(
     if (out / "config.json").is_file():
         return {}
     settings = config.tune
-    precision = models.resolve_precision(config.precision)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = models.load_tokenizer(start)
     student = models.load_model(start, "fp32")
+    precision = models.resolve_precision(config.precision, student.config)
     torch.nn.Module.to(student, device)
     documents = [d for d in read_corpus(corpus) if samples or d.source != "sampled"]
     steps = settings.steps if documents else 0
@@ -69,7 +69,7 @@ def tune(
     for name, parameter in student.named_parameters():
         frozen = families.is_expert_name(name) and not settings.train_experts
         parameter.requires_grad_(not frozen and name not in pinned)
-    teachers = {k: Teacher(folder, tokenizer, precision, device) for k, folder in proxies.items()}
+    teachers = {k: Teacher(folder, tokenizer, config.precision, device) for k, folder in proxies.items()}
     weights = LossWeights(
         settings.ce_weight if teachers else 1.0,
         beta=settings.beta if teachers else 0.0,
