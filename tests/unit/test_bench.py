@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,6 +66,14 @@ def test_an_ablation_can_be_cut_to_some_variants_and_what_they_are_compared_with
     assert {(cell.method, cell.variant) for cell in cells} == asked | {(method, "") for method, _ in asked}
     with pytest.raises(InputError, match=r"there is no variant K-3x.*random-clusters.*unknown-ablation"):
         ablation_cells(["clusters"], "medical", 16, range(1), only=["random-clusters", "K-3x"])
+
+
+def test_ablations_are_listed(invoke: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = json.loads(invoke("bench", "ablation", "--json").out)["ablations"]
+    assert {row["group"] for row in listed} == set(ABLATIONS)
+    assert {"group": "vaa", "method": "fused", "variant": "no-features", "change": "distill.alpha=0"} in listed
+    monkeypatch.setenv("COLUMNS", "150")
+    assert "distill.beta=0.3 tune.beta=0.3" in invoke("bench", "ablation").out
 
 
 def test_a_stored_result_is_not_measured_again_unless_it_is_another_s(tmp_path: Path) -> None:

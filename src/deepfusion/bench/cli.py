@@ -51,7 +51,7 @@ def paper(
 
 @bench_app.command("ablation")
 def ablation(
-    groups: Annotated[list[str], typer.Argument(help="which ablations, or all")],
+    groups: Annotated[list[str] | None, typer.Argument(help="which ablations, or all; without any they are listed")] = None,
     case: Cases = None,
     variants: Annotated[str | None, typer.Option(help="only these, such as no-features,causal; default all of the groups")] = None,
     devices: Annotated[int, typer.Option(help="number of devices")] = 16,
@@ -66,6 +66,8 @@ def ablation(
     from deepfusion.bench.ablations import ABLATIONS, ablation_cells
     from deepfusion.bench.cells import run_cells
 
+    if not groups:
+        return _print_ablations(json_)
     chosen = list(ABLATIONS) if groups == ["all"] else groups
     only, given = variants.split(",") if variants else None, tuple(set or ())
     cells = [cell for c in _cases(case) for cell in ablation_cells(chosen, c, devices, range(seeds), given, only)]
@@ -125,6 +127,23 @@ def _numbers(text: str) -> list[int]:
     if min(numbers) < 1:
         raise InputError(f"--devices {text}", allowed="whole numbers such as 16,32", code="bad-devices")
     return numbers
+
+
+def _print_ablations(json_: bool) -> None:
+    import rich
+    from rich.table import Table
+
+    from deepfusion.bench.ablations import ABLATIONS
+
+    rows = [(group, v.method, v.name, " ".join((*v.shared, *v.own))) for group, variants in ABLATIONS.items() for v in variants]
+    columns = ("group", "method", "variant", "change")
+    if json_:
+        return print(json.dumps({"ablations": [dict(zip(columns, row, strict=True)) for row in rows]}))
+    table = Table(*columns)
+    table.columns[-1].overflow = "fold"  # a change that is cut off says nothing
+    for row in rows:
+        table.add_row(*row)
+    rich.print(table)
 
 
 def _print_page(results: Path, out: Path, json_: bool) -> None:
