@@ -93,6 +93,14 @@ def test_a_cell_that_fails_does_not_stop_the_others(tmp_path: Path, capsys: pyte
     assert [line.split(": ")[0] for line in told if "failed" in line] == [f"[bench] {case}-16-seed0-base failed" for case in CASES]
 
 
+def test_no_device_is_trained_for_a_method_that_needs_none(tmp_path: Path) -> None:
+    small = ("data.limit=150", "data.max_chars=200", "evaluate.max_documents=2")
+    [found] = run_cells([Cell("finance", 16, 0, "base", shared=small)], tmp_path / "runs", tmp_path / "results")
+    assert not (tmp_path / "runs" / "devices").exists()
+    assert found["test"]["mean_over_domains"]["log_perplexity"] > 0
+    assert not any([*found["budget"]["device"].values(), *found["transport"].values(), found["device_seconds"]])
+
+
 def test_the_page_of_results_comes_from_the_committed_json_bit_for_bit(tmp_path: Path) -> None:
     assert page(RESULTS, ROOT / "benchmarks" / "results" / "costs.json") == (ROOT / "docs" / "results.md").read_text("utf-8")
     for plot in write_plots(RESULTS, tmp_path):
