@@ -49,6 +49,7 @@ PAPER: dict[str, dict[str, dict[str, tuple[float, ...]]]] = {
 }
 PAPER_N = (16, 32, 64, 128)
 DATA_FREE = ("sampled-only", ", no public text")  # a variant of the ablations, and what the tables call it
+OWN_STEPS = "own-steps"
 OTHER_TOKENIZER = ("average", "homogeneous", "proxies")  # their tokens are others: only bits per byte compare
 
 
@@ -78,9 +79,10 @@ def page(results: Path, costs_file: Path | None = None) -> str:
 
 
 def with_best_bound(rows: list[Row]) -> list[Row]:
-    """`rows`, where each centralized run is replaced by the one with the steps that are best on held-out text.
+    """`rows`, where of each centralized run the one with the steps that are best on held-out text has no variant.
 
-    A run is a bound only where it has converged: too few steps leave something to learn, too many overfit.
+    A run is a bound only where it has converged: too few steps leave something to learn, too many overfit. The one with the
+    case's own steps is kept as variant `OWN_STEPS`.
     """
     steps = {variant.name for variant in ABLATIONS["centralized"]}
     runs: dict[tuple[str, int, int], list[Row]] = defaultdict(list)
@@ -88,7 +90,8 @@ def with_best_bound(rows: list[Row]) -> list[Row]:
         if row["method"] == "centralized" and row["variant"] in {"", *steps}:
             runs[row["case"], row["devices"], row["seed"]].append(row)
     best = [min(same, key=lambda row: _value(row, "log_perplexity", "validation")) for same in runs.values()]
-    return [row for row in rows if row["method"] != "centralized"] + [{**row, "variant": ""} for row in best]
+    own = [{**row, "variant": OWN_STEPS} for same in runs.values() for row in same if not row["variant"]]
+    return [row for row in rows if row["method"] != "centralized"] + own + [{**row, "variant": ""} for row in best]
 
 
 def in_short(rows: list[Row]) -> str:
@@ -291,23 +294,33 @@ def _paired(rows: list[Row], counts: Sequence[int], ours: str) -> str:
 def _bounds(rows: list[Row], counts: Sequence[int]) -> str:
     """Ratio to the centralized run, share of the gap that is closed, and bits per byte over those of the proxies."""
     head = ["method", "N", "log-perplexity over centralized", "share of the gap from base to centralized, %"]
-    head += ["bits per byte over the proxies' mean", "over the best single proxy"]
+    head += [
+        "the same for centralized with the case's own steps",
+        "share, %",
+        "bits per byte over the proxies' mean",
+        "over the best single proxy",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     kinds = [(name, variant, note) for variant, note in (("", ""), DATA_FREE) for name in ("fused", "paper")]
     for name, variant, note in kinds:
         for count in counts:
-            base, bound, proxies = (_pick(rows, other, count) for other in ("base", "centralized", "proxies"))
-            ratio, share, over_mean, over_best = [], [], [], []
-            for seed, row in _pick(rows, name, count, variant).items():
-                own, bits = _value(row, "log_perplexity"), _value(row, "bits_per_byte")
-                if seed in base and seed in bound:
-                    first, last = _value(base[seed], "log_perplexity"), _value(bound[seed], "log_perplexity")
-                    ratio.append(own / last)
-                    share.append((first - own) / (first - last))
-                if seed in proxies:
-                    over_mean.append(bits / _value(proxies[seed], "bits_per_byte"))
-                    over_best.append(bits / min(each["bits_per_byte"] for each in proxies[seed]["models"].values()))
-            columns = ((ratio, ".3f", 1.0), (share, ".1f", 100.0), (over_mean, ".3f", 1.0), (over_best, ".3f", 1.0))
+            own = _pick(rows, name, count, variant)
+            base, proxies = _pick(rows, "base", count), _pick(rows, "proxies", count)
+            columns: list[tuple[list[float], str, float]] = []
+            for steps in ("", OWN_STEPS):
+                bound = _pick(rows, "centralized", count, steps)
+                losses = [
+                    tuple(_value(side[seed], "log_perplexity") for side in (own, bound, base))
+                    for seed in own
+                    if seed in base.keys() & bound.keys()
+                ]
+                columns.append(([ours / best for ours, best, _ in losses], ".3f", 1.0))
+                columns.append(([(first - ours) / (first - best) for ours, best, first in losses], ".1f", 100.0))
+            taught = [(_value(own[seed], "bits_per_byte"), proxies[seed]) for seed in own if seed in proxies]
+            columns.append(([bits / _value(proxy, "bits_per_byte") for bits, proxy in taught], ".3f", 1.0))
+            columns.append(
+                ([bits / min(each["bits_per_byte"] for each in proxy["models"].values()) for bits, proxy in taught], ".3f", 1.0)
+            )
             shown = [_spread(*column) if column[0] else "–" for column in columns]
             if any(column[0] for column in columns):
                 lines.append(f"| {METHODS[name].title}{note} | {count} | " + " | ".join(shown) + " |")
