@@ -31,7 +31,7 @@ def stage_ends(num_layers: int, stages: int) -> list[int]:
     if not 1 <= stages <= num_layers:
         raise InputError(
             f"{stages} stages do not fit a model of {num_layers} layers",
-            where="distill.stages",
+            where="distill.vaa.stages",
             allowed=f"1 to {num_layers}",
             code="too-many-stages",
         )
