@@ -24,7 +24,7 @@ from deepfusion.sources import load_source
 from deepfusion.training import train
 
 HERE = Path(__file__).parent
-WIDTHS = {128: 60, 256: 40, 512: 20}  # and steps that are timed
+WIDTHS = {128: 40, 256: 20, 512: 10}  # and steps that are timed
 BATCH = 8
 
 
