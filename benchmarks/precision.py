@@ -74,7 +74,8 @@ def main() -> None:
 
 Training steps of {BATCH} documents of at most 512 characters, 4 layers, one thread; seconds a step after a warm-up, and peak
 memory of the process. `qwen2_moe` has 8 experts, 4 of them for a token. {hardware["cores"]} cores of {hardware["machine"]}, bf16
-native: {models.hardware_precision() == "bf16"}; torch {torch.__version__}. One run each, beside other work on the machine, so small differences mean nothing.
+native: {models.hardware_precision() == "bf16"}; torch {torch.__version__}. One run each, beside other work on the machine,
+so small differences mean nothing.
 
 | model | width | fp32, s | bf16, s | fp32 / bf16 | fp32, GiB | bf16, GiB |
 |---|---|---|---|---|---|---|
