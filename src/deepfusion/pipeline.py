@@ -312,6 +312,7 @@ def hardware() -> dict[str, Any]:
     """What a figure of this run was measured on."""
     return {
         "machine": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

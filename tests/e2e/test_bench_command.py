@@ -36,7 +36,7 @@ def test_every_method_has_a_cell_with_all_that_makes_it_comparable(bench: Path) 
     for cell in cells.values():
         assert cell["test"]["mean_over_domains"]["bits_per_byte"] > 0
         assert cell["validation"]["mean_over_domains"]["log_perplexity"] > 0
-        assert {"seed", "config", "version", "packages", "hardware", "date", "budget", "transport"} <= set(cell)
+        assert {"seed", "config", "version", "packages", "hardware", "precision", "date", "budget", "transport"} <= set(cell)
     fused, paper, fedjets = (cells[f"finance-8-seed0-{name}"] for name in ("fused", "paper", "fedjets"))
     assert fused["transport"]["total_down_bytes"] == 0
     assert fedjets["transport"]["total_down_bytes"] > 0

@@ -109,6 +109,7 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
         half="tune.steps=1200 device.epochs=3",
         twice="tune.steps=4800 device.epochs=12",
         four_times="tune.steps=9600 device.epochs=24",
+        eight_times="tune.steps=19200 device.epochs=48",
         twice_the_rate="tune.learning_rate=0.004",
         four_times_the_rate="tune.learning_rate=0.008",
         answers_only="data.prompt_loss_weight=0",

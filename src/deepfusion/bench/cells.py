@@ -23,6 +23,7 @@ from deepfusion.data import make_splits
 from deepfusion.digests import sha256_file
 from deepfusion.errors import InputError
 from deepfusion.jobs import default_workers, run_jobs
+from deepfusion.models import read_config, resolve_precision
 from deepfusion.stages.evaluate import capped, measure
 
 CASES = {"medical": "medical multiple choice, Qwen-MoE", "finance": "financial open answers, DeepSeek-MoE"}
@@ -225,6 +226,7 @@ def _measured(cell: Cell, uploads: Path, out: Path) -> dict[str, Any]:
         "facts": made.facts,
         "config": made.config.model_dump(mode="json"),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "precision": sorted({resolve_precision(config.precision, read_config(folder)) for folder in made.models.values()}),
         "device_seconds": device_seconds,
         **pipeline.provenance(),
     }
