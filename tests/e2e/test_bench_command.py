@@ -67,3 +67,30 @@ def test_a_second_call_runs_nothing_again_and_refuses_other_settings(bench: Path
     refused = command(*call, *SMALL, "--set=tune.steps=5")
     assert refused.returncode == 2
     assert "measured with" in refused.stderr
+
+
+def test_methods_that_use_no_uploads_give_the_same_without_them(bench: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
+    alone = [name for name, method in METHODS.items() if method.alone]
+    call = [
+        "bench",
+        "paper",
+        "--case",
+        "finance",
+        "--devices",
+        "8",
+        "--seeds",
+        "1",
+        "--methods",
+        ",".join(alone),
+        "--out",
+        tmp_path,
+    ]
+    done = command(*call, *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "devices").exists()
+    for name in alone:
+        ours, among_all = (
+            json.loads((out / "results" / f"finance-8-seed0-{name}.json").read_text("utf-8")) for out in (tmp_path, bench)
+        )
+        assert ours["test"] == among_all["test"]
+        assert ours["budget"] == among_all["budget"]

@@ -204,11 +204,11 @@ def _measured(cell: Cell, uploads: Path, out: Path) -> dict[str, Any]:
     else:
         found = models[min(models, key=lambda name: models[name]["validation"]["mean_over_domains"]["bits_per_byte"])]
     device_work: dict[str, float] = dict.fromkeys(WORK, 0)
-    transport, device_seconds = dict.fromkeys(TRANSPORT, 0), 0
-    if not METHODS[cell.method].alone:
-        rounds = _work(out, "fedjets")
-        device_work = rounds if rounds["steps"] else _work(uploads, "device")
-        transport = made.transport or _transport(uploads)
+    transport, device_seconds = made.transport or dict.fromkeys(TRANSPORT, 0), 0
+    if made.transport:
+        device_work = _work(out, "fedjets")
+    elif not METHODS[cell.method].alone:
+        device_work, transport = _work(uploads, "device"), _transport(uploads)
         device_seconds = pipeline.read_manifest(uploads)["stages"]["device"]["seconds"]
     server_work = {stage: work for stage in ("distill", "tune") if (work := _work(out, stage))["steps"]}
     return {

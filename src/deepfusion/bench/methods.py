@@ -40,7 +40,7 @@ class Made:
         config: the settings it used.
         models: checkpoints to measure, by name.
         pick: where there are several, `best` on validation text stands for the method, or the `mean` of all.
-        transport: total bytes up and down, where they are not those of the uploads.
+        transport: total bytes up and down, where the method has devices of its own, whose work is logged in `Task.out`.
         facts: whatever else is worth keeping.
     """
 
@@ -53,7 +53,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the tables; `alone`: it needs no device, so none is trained for it."""
+    """A row of the tables; `alone`: it uses no uploads, so no device is trained for it."""
 
     title: str
     role: Role
@@ -176,11 +176,11 @@ def _upload_folders(task: Task) -> list[Path]:
 METHODS: dict[str, Method] = {
     "fused": Method("DeepFusion, recipe fused", "ours", _pipeline("recipe=fused")),
     "paper": Method("DeepFusion, recipe paper", "ours", _pipeline("recipe=paper")),
-    "fedjets": Method("FedJETS", "baseline", _fedjets(public_first=False)),
+    "fedjets": Method("FedJETS", "baseline", _fedjets(public_first=False), alone=True),
     "fedkmt": Method("FedKMT", "baseline", _pipeline("recipe=paper", instead=(_in_place_of("distill", fedkmt.run),))),
     "ofakd": Method("OFA-KD", "baseline", _pipeline("recipe=paper", instead=(_in_place_of("distill", ofakd.run),))),
     "base": Method("public base, untouched", "control", _base, alone=True),
-    "public": Method("public text alone, best number of steps", "control", _public, alone=True),
+    "public": Method("public text alone, best number of steps", "control", _public),
     "fedjets-public": Method("FedJETS after public text", "control", _fedjets(public_first=True)),
     "average": Method("mean of the devices of a type, best type", "control", _average),
     "homogeneous": Method("MoE of the Llama-class devices (as mergekit-moe)", "control", _homogeneous),
