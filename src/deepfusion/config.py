@@ -140,6 +140,12 @@ class DistillSection(Section):
     train: Literal["all", "ffn"] = Field("all", description="which weights of a base are trained: all (paper) or FFNs only")
     batch_size: int = Field(8, ge=1, description="documents per step")
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate (cosine)")
+    handover: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the peak rates where distillation ends and tune begins, as one schedule over both; 0: one each",
+    )
     ce_weight: float = Field(1.0, ge=0, description="weight of L_CE; the paper's is 1")
     alpha: float = Field(0.1, ge=0, description="weight of L_FM [DF eq. 11]")
     beta: float = Field(1.0, ge=0, description="weight of L_KL [DF eq. 11]")

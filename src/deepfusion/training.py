@@ -37,6 +37,7 @@ def train(
     precision: str,
     seed: int,
     checkpoint_seconds: float,
+    end_share: float = 0.0,
 ) -> list[dict[str, float]]:
     """Train the parameters of `module` that require gradients, one optimizer step per batch.
 
@@ -51,6 +52,7 @@ def train(
         learning_rate: peak of the cosine schedule, after a warm-up of a twentieth of the steps.
         precision: fp32, or bf16 for autocast.
         checkpoint_seconds: least time between two checkpoints.
+        end_share: of the peak, where the cosine ends.
 
     Returns:
         The logged means (of `COUNTS` the sums), oldest first: step, loss and whatever else the module returned.
@@ -64,7 +66,8 @@ def train(
         per_device_train_batch_size=1,  # an item of the dataset is a whole batch
         train_sampling_strategy="sequential",
         learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": end_share},
         warmup_steps=steps // 20,
         weight_decay=0.01,
         max_grad_norm=1.0,

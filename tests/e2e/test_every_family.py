@@ -70,6 +70,19 @@ def test_paper_recipe_freezes_experts_and_ours_trains_them(settings, tmp_path):
         assert any(".experts." in name for name in changed) == (recipe == "fused")
 
 
+def test_handover_makes_one_schedule_of_distillation_and_tuning(settings, tmp_path):
+    """The control has had no distillation, and starts from the whole rate."""
+    changes = {"distill": {"learning_rate": 0.01, "handover": 0.5}, "tune": {"learning_rate": 0.02, "control": True}}
+    run_settings(overlay(settings, **changes), tmp_path / "run", last="tune")
+    rates: dict[tuple[str, str], list[float]] = {}
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines():
+        row = json.loads(line)
+        rates.setdefault((row["stage"], row["unit"]), []).append(row["learning_rate"])
+    assert rates["distill", "trunk"][-1] == min(rates["distill", "trunk"][1:]) == pytest.approx(0.005, rel=0.1)
+    assert max(rates["tune", "moe"]) == pytest.approx(0.01)
+    assert max(rates["tune", "control"]) == pytest.approx(0.02)
+
+
 def test_weights_do_not_depend_on_the_test_text(settings, tmp_path):
     """Two runs that differ in nothing but the test file end with the same weights: nothing of it is learned."""
     models = []

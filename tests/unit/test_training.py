@@ -60,10 +60,12 @@ def stop_at(step: int) -> Any:
     return broken
 
 
-def fit(net: Net, work: Path, items: Sequence[Tensor], make: Any = collate, seconds: float = 1e-6) -> list[dict[str, float]]:
+def fit(
+    net: Net, work: Path, items: Sequence[Tensor], make: Any = collate, seconds: float = 1e-6, end_share: float = 0.0
+) -> list[dict[str, float]]:
     return train(
         net, items, make, stage="test", unit="net", work=work, learning_rate=0.05, precision="fp32", seed=3,
-        checkpoint_seconds=seconds,
+        checkpoint_seconds=seconds, end_share=end_share,
     )  # fmt: skip
 
 
@@ -92,6 +94,13 @@ def test_learns_and_reports_means(tmp_path):
     assert torch.equal(net.frozen.weight, start["frozen.weight"])
     assert max(row["learning_rate"] for row in history) == pytest.approx(0.05)
     assert history[-1]["learning_rate"] < 0.001
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_the_learning_rate_may_end_at_a_share_of_its_peak(tmp_path, share):
+    rates = [row["learning_rate"] for row in fit(Net(), tmp_path, batches(), end_share=share)]
+    assert max(rates) == pytest.approx(0.05)
+    assert rates[-1] == min(rates[STEPS // 20 :]) == pytest.approx(share * 0.05, rel=0.02)
 
 
 def test_no_steps_is_no_training(tmp_path):

@@ -104,6 +104,11 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
         }.items()
         for rate in (1e-3, 4e-3)
     ),
+    # One schedule over distillation and tuning, in place of one each: the rate falls to a share of its peak and goes on from there.
+    "schedule": (
+        *_each("fused", handover_03="distill.handover=0.3", handover_1="distill.handover=1"),
+        *(Variant(method, "handover-03", ("distill.handover=0.3",)) for method in ("paper", "fedkmt", "ofakd", "public")),
+    ),
     # Does the upper bound train to convergence, and at which rate? The tables take the best of these on held-out text as the bound.
     "centralized": _each(
         "centralized",

@@ -112,6 +112,7 @@ def distill(
             precision=precision,
             seed=config.seed,
             checkpoint_seconds=config.checkpoint_seconds,
+            end_share=settings.handover,
         )
     with whole_folder(out) as part:
         student.eval().save_pretrained(part)

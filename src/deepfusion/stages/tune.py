@@ -31,9 +31,10 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     moe.mkdir(parents=True, exist_ok=True)
     proxies = {k: inputs["proxies"] / str(k) for k in range(config.experts)} if config.tune.teachers else {}
     corpus = inputs["bases"] / "corpus.jsonl"
+    start_share = config.distill.handover if config.distill.steps and config.distill.handover else 1.0
     jobs = [
         {"config": config, "start": inputs["merged"], "corpus": corpus, "proxies": proxies, "samples": True,
-         "unit": "moe", "out": moe / "final", "work": out / "work" / "final"},
+         "unit": "moe", "out": moe / "final", "work": out / "work" / "final", "start_share": start_share},
         {"config": config, "start": inputs["untaught"], "corpus": corpus, "proxies": {}, "samples": False,
          "unit": "control", "out": moe / "control", "work": out / "work" / "control"},
     ]  # fmt: skip
@@ -48,12 +49,21 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
 
 
 def tune(
-    config: Config, start: Path, corpus: Path, proxies: dict[int, Path], samples: bool, unit: str, out: Path, work: Path
+    config: Config,
+    start: Path,
+    corpus: Path,
+    proxies: dict[int, Path],
+    samples: bool,
+    unit: str,
+    out: Path,
+    work: Path,
+    start_share: float = 1.0,
 ) -> dict[str, float]:
     """Tune one MoE; with `proxies` each of them teaches its own texts, without by cross-entropy alone.
 
     Args:
         samples: whether texts sampled from the proxies are read.
+        start_share: of `tune.learning_rate`, the peak of this training.
     """
     if (out / "config.json").is_file():
         return {}
@@ -87,7 +97,7 @@ def tune(
         stage="tune",
         unit=unit,
         work=work,
-        learning_rate=settings.learning_rate,
+        learning_rate=start_share * settings.learning_rate,
         precision=precision,
         seed=config.seed,
         checkpoint_seconds=config.checkpoint_seconds,
