@@ -141,7 +141,7 @@ class DistillSection(Section):
     batch_size: int = Field(8, ge=1, description="documents per step")
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate (cosine)")
     handover: float = Field(
-        0.0,
+        0.3,
         ge=0,
         le=1,
         description="share of the peak rates where distillation ends and tune begins, as one schedule over both; 0: one each",
@@ -271,6 +271,8 @@ class Config(Section):
             raise ValueError("distill.vaa.patches must be a multiple of distill.vaa.stages")
         if isinstance(self.data.test, float) and not 0 < self.data.test < 1:
             raise ValueError("data.test as a share must lie between 0 and 1")
+        if not (self.distill.steps and self.tune.steps):  # nothing to hand over, or nobody to take it
+            object.__setattr__(self, "distill", self.distill.model_copy(update={"handover": 0.0}))
         return self
 
 

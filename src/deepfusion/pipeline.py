@@ -80,8 +80,7 @@ STAGES = (
         "tune", tune.run,
         {"merged": "moe/merged", "untaught": "moe/untaught", "bases": "bases", "proxies": "proxies"},
         ("moe/final", "moe/control"),
-        ("seed", "experts", *_TEXT_KEYS, "distill.sampled_ce", "distill.sampled_share", "distill.steps", "distill.handover",
-         "tune"),
+        ("seed", "experts", *_TEXT_KEYS, "distill.sampled_ce", "distill.sampled_share", "distill.handover", "tune"),
     ),
     Stage(
         "evaluate", evaluate.run,

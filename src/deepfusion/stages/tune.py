@@ -31,7 +31,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     moe.mkdir(parents=True, exist_ok=True)
     proxies = {k: inputs["proxies"] / str(k) for k in range(config.experts)} if config.tune.teachers else {}
     corpus = inputs["bases"] / "corpus.jsonl"
-    start_share = (config.distill.handover if config.distill.steps else 0.0) or 1.0
+    start_share = config.distill.handover or 1.0
     jobs = [
         {"config": config, "start": inputs["merged"], "corpus": corpus, "proxies": proxies, "samples": True,
          "unit": "moe", "out": moe / "final", "work": out / "work" / "final", "start_share": start_share},
