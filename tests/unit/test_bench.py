@@ -48,10 +48,12 @@ def test_variants_do_not_share_a_result() -> None:
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.method}-{v.name}")
 def test_every_variant_changes_a_config_that_is_valid(variant: Variant) -> None:
     cells = [Cell(case, 16, 0, variant.method, variant.name, variant.shared, variant.own) for case in CASES]
+    against = next((v.own for v in VARIANTS if (v.method, v.name) == (variant.method, variant.against)), ())
+    assert bool(against) == bool(variant.against)
     plain = [Cell(case, 16, 0, variant.method) for case in CASES]
     recipe = [f"recipe={variant.method}"] if variant.method in RECIPES else []
     changed = [cell.config(*recipe, *cell.own) for cell in cells]
-    assert changed != [cell.config(*recipe) for cell in plain]
+    assert changed != [cell.config(*recipe, *against) for cell in plain]
     for config in changed:
         assert config.distill.vaa.stages <= min(model_config(name).num_hidden_layers for name in config.device.types)
 
@@ -65,9 +67,12 @@ def test_an_ablation_brings_the_unchanged_cells_with_it() -> None:
 
 
 def test_an_ablation_can_be_cut_to_some_variants_and_what_they_are_compared_with() -> None:
-    cells = ablation_cells(["vaa", "losses"], "medical", 16, range(1), only=["no-features", "as-published"])
-    asked = {("paper", "no-features"), ("fused", "no-features"), ("fedkmt", "as-published")}
-    assert {(cell.method, cell.variant) for cell in cells} == asked | {(method, "") for method, _ in asked}
+    cells = ablation_cells(["vaa", "vaa-sizes", "schedule"], "medical", 16, range(1), only=["no-features", "J-1", "two-schedules"])
+    asked = {("paper", "no-features"), ("fused", "no-features"), ("paper", "J-1")}
+    two = {(method, "two-schedules") for method in ("fused", "paper", "fedkmt", "ofakd", "public")}
+    assert {(cell.method, cell.variant) for cell in cells} == asked | two | {(method, "") for method, _ in two}
+    assert len(cells) == len({cell.name for cell in cells})
+    assert {cell.own for cell in cells if cell.variant == "two-schedules"} == {("distill.handover=0",)}
     with pytest.raises(InputError, match=r"there is no variant K-3x.*random-clusters.*unknown-ablation"):
         ablation_cells(["clusters"], "medical", 16, range(1), only=["random-clusters", "K-3x"])
 
@@ -75,7 +80,7 @@ def test_an_ablation_can_be_cut_to_some_variants_and_what_they_are_compared_with
 def test_ablations_are_listed(invoke: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     listed = json.loads(invoke("bench", "ablation", "--json").out)["ablations"]
     assert {row["group"] for row in listed} == set(ABLATIONS)
-    assert {"group": "vaa", "method": "fused", "variant": "no-features", "change": "distill.alpha=0"} in listed
+    assert {"group": "vaa", "method": "fused", "variant": "no-features", "change": "distill.handover=0 distill.alpha=0"} in listed
     monkeypatch.setenv("COLUMNS", "150")
     assert "distill.beta=0.3 tune.beta=0.3" in invoke("bench", "ablation").out
 

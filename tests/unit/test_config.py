@@ -48,6 +48,16 @@ def test_defaults_then_recipe_then_file_then_overrides(tmp_path):
     assert load_config(file, ["recipe=paper"]).distill.trunk_share == 0
 
 
+def test_nothing_is_handed_over_where_one_of_two_trainings_is_left_out(tmp_path):
+    """The rate must fall to nothing at the end of all training, and start at its peak."""
+    assert load_config(overrides=["distill.handover=0.4"]).distill.handover == 0.4
+    for alone in ("tune.steps=0", "distill.steps=0"):
+        config = load_config(overrides=[alone, "distill.handover=0.4"])
+        assert config.distill.handover == 0
+        save_config(config, tmp_path / "saved.yaml")
+        assert load_config(tmp_path / "saved.yaml") == config
+
+
 @pytest.mark.parametrize(
     ("override", "key", "value"),
     [

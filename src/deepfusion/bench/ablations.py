@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deepfusion.bench.cells import Cell
 from deepfusion.errors import InputError
@@ -13,22 +13,32 @@ from deepfusion.errors import InputError
 class Variant:
     """One row of an ablation table: `own` changes the server's work alone, `shared` the devices' too.
 
-    `name` is unique among the variants of a method, over all groups: results are stored by it.
+    `name` is unique among the variants of a method, over all groups: results are stored by it. It is compared with the variant
+    `against` of the same method; without one, with the unchanged method.
     """
 
     method: str
     name: str
     own: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
+    against: str = ""
 
 
 def _each(method: str, **changes: str) -> tuple[Variant, ...]:
     return tuple(Variant(method, name.replace("_", "-"), tuple(change.split())) for name, change in changes.items())
 
 
+_TWO_SCHEDULES = Variant("fused", "two-schedules", ("distill.handover=0",))
+
+
+def _two_schedules(*variants: Variant) -> tuple[Variant, ...]:
+    """Variants measured before one schedule over distillation and tuning was the default; so is what they are compared with."""
+    return tuple(replace(v, own=(*_TWO_SCHEDULES.own, *v.own), against=_TWO_SCHEDULES.name) for v in variants)
+
+
 ABLATIONS: dict[str, tuple[Variant, ...]] = {
     # Is View-Aligned Attention worth it? In recipe paper, whose phase II it is made for, and in recipe fused.
-    "vaa": (
+    "vaa": _two_schedules(
         *_each(
             "paper",
             no_features="distill.alpha=0",
@@ -56,7 +66,7 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
         d_16="distill.vaa.width=16",
         d_256="distill.vaa.width=256",
     ),
-    "losses": (
+    "losses": _two_schedules(
         *_each(
             "paper", beta_0="distill.beta=0 distill.chunk_weight=0", beta_3="distill.beta=3", temperature_2="distill.temperature=2"
         ),
@@ -72,42 +82,48 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
         *_each("fedkmt", as_published="distill.ce_weight=0.9 distill.beta=0.1", beta_3="distill.beta=3"),
         *_each("ofakd", beta_03="distill.beta=0.3", beta_3="distill.beta=3"),
     ),
-    "recipe": _each(
-        "fused",
-        no_trunk="distill.trunk_share=0",
-        half_trunk="distill.trunk_share=0.5",
-        no_teachers_in_tune="tune.teachers=false",
-        frozen_experts="tune.train_experts=false",
-        plain_mean="clustering.average=uniform",
-        no_teachers="distill.alpha=0 distill.beta=0 distill.chunk_weight=0 tune.teachers=false",
-        moe_only="distill.steps=0 tune.steps=420",
-        moe_only_equal_flops="distill.steps=0 tune.steps=300",
-        long_tune_equal_flops="distill.steps=160 tune.steps=200",
-        trunk_only_equal_flops="distill.steps=480 tune.steps=0",  # its experts are equal: a dense model in the form of an MoE
-        twice_the_server="distill.steps=640 tune.steps=200",
-        four_times_the_server="distill.steps=1280 tune.steps=400",
+    "recipe": _two_schedules(
+        *_each(
+            "fused",
+            no_trunk="distill.trunk_share=0",
+            half_trunk="distill.trunk_share=0.5",
+            no_teachers_in_tune="tune.teachers=false",
+            frozen_experts="tune.train_experts=false",
+            plain_mean="clustering.average=uniform",
+            no_teachers="distill.alpha=0 distill.beta=0 distill.chunk_weight=0 tune.teachers=false",
+            moe_only="distill.steps=0 tune.steps=420",
+            moe_only_equal_flops="distill.steps=0 tune.steps=300",
+            long_tune_equal_flops="distill.steps=160 tune.steps=200",
+            trunk_only_equal_flops="distill.steps=480 tune.steps=0",  # its experts are equal: a dense model in the form of an MoE
+            twice_the_server="distill.steps=640 tune.steps=200",
+            four_times_the_server="distill.steps=1280 tune.steps=400",
+        )
     ),
-    "moe": _each(
-        "fused",
-        prototype_router="merge.router=prototype",
-        top_1="top_k=1",
-        top_4="top_k=4",
-        no_shared="merge.shared_expert=none",
-        silent_shared="merge.shared_expert=zero",
+    "moe": _two_schedules(
+        *_each(
+            "fused",
+            prototype_router="merge.router=prototype",
+            top_1="top_k=1",
+            top_4="top_k=4",
+            no_shared="merge.shared_expert=none",
+            silent_shared="merge.shared_expert=zero",
+        )
     ),
     # The same care for all: learning rates of every method around the case's own, 2e-3.
-    "learning-rates": tuple(
-        Variant(method, f"lr-{rate:g}", tuple(f"{key}.learning_rate={rate}" for key in keys))
-        for method, keys in {
-            **dict.fromkeys(("fused", "paper", "fedkmt", "ofakd", "public"), ("distill", "tune")),
-            "fedjets": ("device",),
-        }.items()
-        for rate in (1e-3, 4e-3)
+    "learning-rates": (
+        *_two_schedules(
+            *(
+                Variant(method, f"lr-{rate:g}", (f"distill.learning_rate={rate}", f"tune.learning_rate={rate}"))
+                for method in ("fused", "paper", "fedkmt", "ofakd", "public")
+                for rate in (1e-3, 4e-3)
+            )
+        ),
+        *_each("fedjets", **{f"lr_{rate:g}": f"device.learning_rate={rate}" for rate in (1e-3, 4e-3)}),
     ),
-    # One schedule over distillation and tuning, in place of one each: the rate falls to a share of its peak and goes on from there.
+    # A schedule each for distillation and tuning, in place of one over both; and a rate that does not fall before the MoE is tuned.
     "schedule": (
-        *_each("fused", handover_03="distill.handover=0.3", handover_1="distill.handover=1"),
-        *(Variant(method, "handover-03", ("distill.handover=0.3",)) for method in ("paper", "fedkmt", "ofakd", "public")),
+        *(replace(_TWO_SCHEDULES, method=method) for method in ("fused", "paper", "fedkmt", "ofakd", "public")),
+        *_each("fused", handover_1="distill.handover=1"),
     ),
     # Does the upper bound train to convergence, and at which rate? The tables take the best of these on held-out text as the bound.
     "centralized": _each(
@@ -120,12 +136,14 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
         four_times_the_rate="tune.learning_rate=0.008",
         answers_only="data.prompt_loss_weight=0",
     ),
-    "clusters": _each(
-        "fused",
-        random_clusters="clustering.assignment=random",
-        K_3="experts=3",
-        K_8="experts=8",
-        proxy_per_device="experts=16",
+    "clusters": _two_schedules(
+        *_each(
+            "fused",
+            random_clusters="clustering.assignment=random",
+            K_3="experts=3",
+            K_8="experts=8",
+            proxy_per_device="experts=16",
+        )
     ),
     "public": (
         *_each(
@@ -134,21 +152,26 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
             with_samples="data.public=[in_domain,sampled] distill.sampled_ce=0",
             samples_ce="data.public=[in_domain,sampled] distill.sampled_ce=1",
             many_samples="data.public=[in_domain,sampled] distill.sampled_ce=0 data.sampled_documents=384",
-            samples_as_they_come="distill.sampled_share=1",
             sampled_only="data.public=[sampled] distill.sampled_ce=0 data.sampled_documents=384",
             generic="data.public=[generic]",
             generic_sampled="data.public=[generic,sampled] distill.sampled_ce=0",
         ),
-        *_each(
-            "paper",
-            samples_at_most_half="distill.sampled_share=0.5",
-            sampled_only="data.public=[sampled] data.sampled_documents=384",
+        *_each("paper", sampled_only="data.public=[sampled] data.sampled_documents=384"),
+        *_two_schedules(
+            *_each("fused", samples_as_they_come="distill.sampled_share=1"),
+            *_each("paper", samples_at_most_half="distill.sampled_share=0.5"),
         ),
     ),
     # What a small upload costs in quality, next to its bytes.
-    "uploads": tuple(
-        Variant("fused", name, shared=(change,))
-        for name, change in (("delta8", "device.upload=delta8"), ("delta4", "device.upload=delta4"), ("lora", "device.method=lora"))
+    "uploads": _two_schedules(
+        *(
+            Variant("fused", name, shared=(change,))
+            for name, change in (
+                ("delta8", "device.upload=delta8"),
+                ("delta4", "device.upload=delta4"),
+                ("lora", "device.method=lora"),
+            )
+        )
     ),
     "devices": tuple(
         Variant(method, name, shared=(change,))
@@ -185,6 +208,9 @@ def ablation_cells(
             allowed = ", ".join(names)
             raise InputError(f"there is no variant {name}", where=", ".join(groups), allowed=allowed, code="unknown-ablation")
     variants = [variant for variant in variants if only is None or variant.name in only]
-    plain = [Cell(case, devices, seed, m, shared=given) for seed in seeds for m in dict.fromkeys(v.method for v in variants)]
-    changed = [Cell(case, devices, seed, v.method, v.name, (*given, *v.shared), v.own) for seed in seeds for v in variants]
-    return plain + changed
+    known = {(variant.method, variant.name): variant for group in ABLATIONS.values() for variant in group}
+    compared = [known.get((v.method, v.against), Variant(v.method, "")) for v in variants]
+    return [
+        Cell(case, devices, seed, v.method, v.name, (*given, *v.shared), v.own)
+        for seed in seeds for v in dict.fromkeys((*compared, *variants))
+    ]  # fmt: skip

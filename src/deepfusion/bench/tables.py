@@ -179,7 +179,9 @@ def ablation_tables(rows: list[Row]) -> str:
                 if (row["method"], row["variant"]) == (variant.method, variant.name):
                     found[row["case"], row["devices"]].append(row)
             for (case, count), cells in sorted(found.items()):
-                pairs = [(by[key], cell) for cell in cells if (key := (case, count, variant.method, "", cell["seed"])) in by]
+                pairs = [
+                    (by[key], cell) for cell in cells if (key := (case, count, variant.method, variant.against, cell["seed"])) in by
+                ]
                 if pairs:
                     what = "; ".join((*variant.shared, *variant.own))
                     lines.append(f"| {variant.method} | `{what}` | {case}, {count} | {_change(pairs)} | {len(pairs)} |")
