@@ -38,7 +38,7 @@ def _two_schedules(*variants: Variant) -> tuple[Variant, ...]:
 
 ABLATIONS: dict[str, tuple[Variant, ...]] = {
     # Is View-Aligned Attention worth it? In recipe paper, whose phase II it is made for, and in recipe fused.
-    "vaa": _two_schedules(
+    "vaa": (
         *_each(
             "paper",
             no_features="distill.alpha=0",
