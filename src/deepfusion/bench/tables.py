@@ -190,7 +190,10 @@ def ablation_tables(rows: list[Row]) -> str:
             parts.append("\n".join([f"### {group}\n", head, "|---" * 8 + "|", *lines]))
     if not parts:
         return ""
-    note = "Held-out text of the devices (validation), mean ± standard deviation over seeds; below 0 the change is better."
+    note = (
+        "Held-out text of the devices (validation), mean ± standard deviation over seeds; below 0 the change is better. "
+        "What changes something beside `distill.handover=0` is compared with the method that has this and nothing else changed."
+    )
     return "\n\n".join([note, *parts])
 
 
