@@ -144,7 +144,8 @@ class DistillSection(Section):
         0.3,
         ge=0,
         le=1,
-        description="share of the peak rates where distillation ends and tune begins, as one schedule over both; 0: one each",
+        description="share of the peak rates where distillation ends and tune begins, as one schedule over both; "
+        "0, or where one of them has no steps: one each",
     )
     ce_weight: float = Field(1.0, ge=0, description="weight of L_CE; the paper's is 1")
     alpha: float = Field(0.1, ge=0, description="weight of L_FM [DF eq. 11]")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from deepfusion.bench.ablations import ABLATIONS, Variant, ablation_cells
-from deepfusion.bench.cells import CASES, Cell, run_cells
+from deepfusion.bench.cells import CASES, Cell, run_cells, stored
 from deepfusion.bench.plots import write_plots
 from deepfusion.bench.tables import page
 from deepfusion.config import RECIPES
@@ -92,6 +92,16 @@ def test_a_stored_result_is_not_measured_again_unless_it_is_another_s(tmp_path: 
     assert run_cells([cell], tmp_path / "runs", tmp_path) == [json.loads(source.read_text("utf-8"))]
     with pytest.raises(InputError, match="another-cell"):
         run_cells([Cell("medical", 16, 0, "base", shared=("data.limit=99",))], tmp_path / "runs", tmp_path)
+
+
+def test_every_committed_result_is_the_one_its_cell_asks_for() -> None:
+    variants = {(variant.method, variant.name): variant for variant in VARIANTS}
+    for path in RESULTS.glob("*.json"):
+        row = json.loads(path.read_text("utf-8"))
+        variant = variants.get((row["method"], row["variant"]), Variant(row["method"], ""))
+        cell = Cell(row["case"], row["devices"], row["seed"], variant.method, variant.name, variant.shared, variant.own)
+        assert cell.name == path.stem
+        assert stored(cell, RESULTS) == row
 
 
 def test_a_cell_that_fails_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

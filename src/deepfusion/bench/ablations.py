@@ -164,14 +164,9 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
     ),
     # What a small upload costs in quality, next to its bytes.
     "uploads": _two_schedules(
-        *(
-            Variant("fused", name, shared=(change,))
-            for name, change in (
-                ("delta8", "device.upload=delta8"),
-                ("delta4", "device.upload=delta4"),
-                ("lora", "device.method=lora"),
-            )
-        )
+        Variant("fused", "delta8", shared=("device.upload=delta8",)),
+        Variant("fused", "delta4", shared=("device.upload=delta4",)),
+        Variant("fused", "lora", shared=("device.method=lora",)),
     ),
     "devices": tuple(
         Variant(method, name, shared=(change,))
