@@ -57,8 +57,8 @@ def write_final_card(config: Config, run: Path, folder: Path) -> None:
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
         f"# DeepFusion MoE ({config.family})",
         f"One Mixture-of-Experts model made by DeepFusion {__version__} of {len(registry)} models that devices fine-tuned on text "
-        f"which never left them. Recipe `{config.recipe}`, seed {config.seed}, {config.experts} knowledge domains, "
-        f"top-{config.top_k}.",
+        f"which never left them. Recipe `{config.recipe}`, seed {config.seed}, {len(clusters) or config.experts} domains, "
+        f"{config.experts} experts, top-{config.top_k}.",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("this folder")\n'
         'tokenizer = AutoTokenizer.from_pretrained("this folder")\n```',

@@ -297,6 +297,11 @@ def whole_folder(target: Path) -> Iterator[Path]:
     os.replace(part, target)
 
 
+def numbered(folder: Path) -> list[Path]:
+    """The checkpoints 0, 1, ... in a folder, in this order."""
+    return sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+
+
 def tokenizer_files(folder: Path | str) -> list[Path]:
     """The tokenizer files (chat template included) that lie in a checkpoint folder, by name."""
     found = {path for pattern in TOKENIZER_PATTERNS for path in Path(folder).glob(pattern) if path.is_file()}

@@ -111,6 +111,11 @@ class ClusteringSection(Section):
 
     assignment: Literal["kmeans", "random"] = Field("kmeans", description="random is a control")
     restarts: int = Field(10, ge=1, description="K-means restarts")
+    proxies: int | None = Field(
+        None,
+        ge=1,
+        description="most clusters, and so proxies; one trunk can learn from more than experts. Default: as many as experts",
+    )
     average: Literal["uniform", "tokens"] = Field(
         "uniform", description="weight of a device in the mean of its cluster: all alike (paper), or by its private tokens"
     )
@@ -231,7 +236,7 @@ class Config(Section):
     seed: int = Field(0, ge=0, description="seed of every random choice")
     recipe: Literal["paper", "fused"] = Field("fused", description="paper: faithful to the source; fused: ours")
     family: Family = Field("qwen3_moe", description="architecture of the resulting MoE")
-    experts: int = Field(4, ge=1, description="K, number of knowledge domains, one base and one expert each")
+    experts: int = Field(4, ge=1, description="K, number of knowledge domains, bases and experts")
     top_k: int = Field(2, ge=1, description="experts used per token")
     devices: int | list[DeviceSpec] | None = Field(
         None, description="number of devices, or a list of them; default: one per file of data.private"
@@ -268,6 +273,14 @@ class Config(Section):
         methods = {self.device.method, *(device.method for device in specified if device.method)}
         if self.device.upload != "weights" and methods != {"full"}:
             raise ValueError(f"device.upload={self.device.upload} is for method full; adapters are small as they are")
+        proxies = self.clustering.proxies
+        if proxies is not None and proxies < self.experts:
+            raise ValueError(f"clustering.proxies={proxies} is less than experts={self.experts}")
+        if proxies is not None and proxies > self.experts and (self.distill.trunk_share < 1 or self.merge.router == "prototype"):
+            raise ValueError(
+                f"clustering.proxies={proxies}: with distill.trunk_share below 1 or merge.router=prototype each base needs a proxy "
+                f"of its own, so experts={self.experts}"
+            )
         if self.distill.vaa.patches % self.distill.vaa.stages:
             raise ValueError("distill.vaa.patches must be a multiple of distill.vaa.stages")
         if isinstance(self.data.test, float) and not 0 < self.data.test < 1:
@@ -316,6 +329,27 @@ def parse_config(values: dict[str, Any], where: object = "config") -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         raise _explain_error(error, where) from None
+
+
+def cluster_count(config: Config, devices: int, types: int) -> int:
+    """How many clusters there will be: one per expert, or more where the config wants more proxies and there are devices for them.
+
+    Raises:
+        InputError: fewer devices than experts, or more types than clusters.
+    """
+    experts = config.experts
+    if devices < experts:
+        raise InputError(
+            f"{devices} devices are fewer than experts={experts}", where="experts", allowed=f"1 to {devices}",
+            fix=f"--set experts={devices}", code="fewer-devices-than-experts",
+        )  # fmt: skip
+    count = min(config.clustering.proxies or experts, devices)
+    if types > count:
+        raise InputError(
+            f"{types} model types need at least one cluster each, there are {count}", where="experts",
+            allowed=f"{types} to {devices}", fix=f"--set experts={types}", code="more-types-than-experts",
+        )  # fmt: skip
+    return count
 
 
 def save_config(config: Config, path: Path) -> None:

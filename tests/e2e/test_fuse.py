@@ -53,6 +53,16 @@ def test_train_check_fuse(uploads, zoo, tmp_path, invoke):
     assert [entry["encoding"] for entry in registry] == ["delta4", "weights", "delta8"]
 
 
+def test_one_trunk_learns_from_more_proxies_than_there_are_experts(uploads, zoo, tmp_path, invoke):
+    settings = fuse_config(zoo, tmp_path, clustering={"proxies": 9})
+    done = invoke("fuse", uploads, settings, "--out", tmp_path / "run", "--json")
+    assert done.code == 0, done.err
+    assert AutoModelForCausalLM.from_pretrained(json.loads(done.out)["checkpoint"]).config.num_experts == 2
+    assert {path.name for path in (tmp_path / "run" / "proxies").iterdir()} == {"0", "1", "2"}
+    corpus = (tmp_path / "run" / "bases" / "corpus.jsonl").read_text("utf-8").splitlines()
+    assert {json.loads(line)["teacher"] for line in corpus} == {0, 1, 2}
+
+
 def test_unsound_uploads_are_set_aside_and_the_run_goes_on(uploads, zoo, tmp_path, invoke):
     shutil.copytree(uploads / "bank", uploads / "torn")
     weights = uploads / "torn" / "delta.safetensors"

@@ -57,7 +57,7 @@ def test_only_devices_of_one_type_share_a_cluster(tmp_path: Path) -> None:
     assert sum(row["share"] for row in result["types"]) == 3
 
 
-def test_types_share_the_experts_by_tokens(tmp_path: Path) -> None:
+def test_types_share_the_clusters_by_tokens(tmp_path: Path) -> None:
     entries = [entry(f"a{n}", near(n, n), "a", tokens=10) for n in range(4)]
     entries += [entry(f"b{n}", near(n, n), "b", tokens=90) for n in range(4)]
     shares = {row["type"]: row["share"] for row in run(tmp_path, entries, experts=5)["types"]}
@@ -88,6 +88,18 @@ def test_the_random_control_ignores_the_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("proxies", "experts", "clusters"), [(None, 3, 3), (3, 3, 3), (5, 3, 5), (16, 3, 6), (16, 6, 6), (5, 1, 5)]
+)
+def test_a_trunk_may_learn_from_more_proxies_than_there_are_experts(proxies, experts, clusters, tmp_path: Path) -> None:
+    entries = [entry(f"{type}{number}", unit(number), type) for type in "ab" for number in range(3)]
+    changes = {"clustering": {"proxies": proxies}, "distill": {"trunk_share": 1.0}}
+    if experts == 1:
+        with pytest.raises(InputError, match="more-types-than-experts"):
+            run(tmp_path, entries, experts=1, **{**changes, "clustering": {}})
+    assert len(run(tmp_path, entries, experts=experts, **changes)["clusters"]) == clusters
+
+
+@pytest.mark.parametrize(
     ("types", "experts", "code"), [("abc", 2, "more-types-than-experts"), ("aaa", 4, "fewer-devices-than-experts")]
 )
 def test_impossible_counts_are_the_users_error(types: str, experts: int, code: str, tmp_path: Path) -> None:
@@ -104,10 +116,10 @@ def test_embeddings_of_other_lengths_are_the_users_error(tmp_path: Path) -> None
 def test_shares_add_up_and_stay_within_their_bounds(data: st.DataObject) -> None:
     devices = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=6))
     tokens = data.draw(st.lists(st.integers(1, 10**9), min_size=len(devices), max_size=len(devices)))
-    experts = data.draw(st.integers(len(devices), sum(devices)))
-    shares = cluster.share_out(experts, tokens, devices)
-    assert sum(shares) == experts
+    clusters = data.draw(st.integers(len(devices), sum(devices)))
+    shares = cluster.share_out(clusters, tokens, devices)
+    assert sum(shares) == clusters
     assert all(1 <= share <= limit for share, limit in zip(shares, devices, strict=True))
-    exact = [experts * count / sum(tokens) for count in tokens]
+    exact = [clusters * count / sum(tokens) for count in tokens]
     if all(quota >= 1 and quota + 1 <= limit for quota, limit in zip(exact, devices, strict=True)):
         assert all(abs(share - quota) < 1 for share, quota in zip(shares, exact, strict=True))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from deepfusion.checkpoints import numbered
 from deepfusion.config import Config
 from deepfusion.corpus import build_corpus, write_corpus
 from deepfusion.data import make_splits
@@ -20,7 +21,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     bases, work = out / "bases", out / "work"
     bases.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
-    proxies = [inputs["proxies"] / str(k) for k in range(config.experts)]
+    proxies = numbered(inputs["proxies"])
     documents = build_corpus(config, make_splits(config), proxies, work)
     write_corpus(documents, bases / "corpus.jsonl")
     for k, proxy in enumerate(proxies):

@@ -136,14 +136,17 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
         four_times_the_rate="tune.learning_rate=0.008",
         answers_only="data.prompt_loss_weight=0",
     ),
-    "clusters": _two_schedules(
-        *_each(
-            "fused",
-            random_clusters="clustering.assignment=random",
-            K_3="experts=3",
-            K_8="experts=8",
-            proxy_per_device="experts=16",
-        )
+    "clusters": (
+        *_two_schedules(
+            *_each(
+                "fused",
+                random_clusters="clustering.assignment=random",
+                K_3="experts=3",
+                K_8="experts=8",
+                proxy_per_device="experts=16",
+            )
+        ),
+        *_each("fused", proxies_16="clustering.proxies=16"),
     ),
     "public": (
         *_each(
@@ -155,6 +158,13 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
             sampled_only="data.public=[sampled] distill.sampled_ce=0 data.sampled_documents=384",
             generic="data.public=[generic]",
             generic_sampled="data.public=[generic,sampled] distill.sampled_ce=0",
+        ),
+        # As many samples in all as `sampled-only`.
+        Variant(
+            "fused",
+            "sampled-only-proxies-16",
+            against="sampled-only",
+            own=("data.public=[sampled]", "distill.sampled_ce=0", "data.sampled_documents=96", "clustering.proxies=16"),
         ),
         *_each("paper", sampled_only="data.public=[sampled] data.sampled_documents=384"),
         *_two_schedules(

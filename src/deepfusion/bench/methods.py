@@ -10,6 +10,7 @@ from typing import Any, Literal
 from deepfusion import models, pipeline, progress
 from deepfusion.baselines import centralized, fedjets, fedkmt, homogeneous, ofakd
 from deepfusion.card import read_card
+from deepfusion.checkpoints import numbered
 from deepfusion.config import Config
 from deepfusion.pipeline import Stage
 from deepfusion.stages import merge
@@ -106,7 +107,7 @@ def _public(task: Task) -> Made:
 def _proxies(task: Task) -> Made:
     config = task.config("recipe=fused")
     pipeline.run(config, task.out, instead=[pipeline.given(task.uploads)], last="proxy")
-    return Made(config, {str(k): task.out / "proxies" / str(k) for k in range(config.experts)}, pick="mean")
+    return Made(config, _proxy_models(task), pick="mean")
 
 
 def _average(task: Task) -> Made:
@@ -114,7 +115,7 @@ def _average(task: Task) -> Made:
     types = {read_card(folder).signature for folder in _upload_folders(task)}
     config = task.config("recipe=fused", f"experts={len(types)}", f"top_k={min(2, len(types))}")
     pipeline.run(config, task.out, instead=[pipeline.given(task.uploads)], last="proxy")
-    return Made(config, {str(k): task.out / "proxies" / str(k) for k in range(config.experts)})
+    return Made(config, _proxy_models(task))
 
 
 def _homogeneous(task: Task) -> Made:
@@ -167,6 +168,10 @@ def _untaught(config: Config, out: Path) -> Path:
         base = models.base_checkpoint(config.distill.base, config.family)
         merge.write_moe(config, [base] * config.experts, False, folder)
     return folder
+
+
+def _proxy_models(task: Task) -> dict[str, Path]:
+    return {folder.name: folder for folder in numbered(task.out / "proxies")}
 
 
 def _upload_folders(task: Task) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Phase I: group the devices into knowledge domains [DF eq. 6], sharing the experts out among the model types."""
+"""Phase I: group the devices into knowledge domains [DF eq. 6], sharing the clusters out among the model types."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from sklearn.cluster import KMeans
 
-from deepfusion.config import Config
+from deepfusion.config import Config, cluster_count
 from deepfusion.errors import InputError
 
 
@@ -24,9 +24,9 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     types: dict[str, list[int]] = {}
     for index, entry in enumerate(devices):
         types.setdefault(entry["signature"], []).append(index)
-    _check_counts(config.experts, len(devices), len(types))
+    count = cluster_count(config, len(devices), len(types))
     tokens = [max(1, sum(devices[i]["tokens"] for i in members)) for members in types.values()]
-    shares = share_out(config.experts, tokens, [len(members) for members in types.values()])
+    shares = share_out(count, tokens, [len(members) for members in types.values()])
 
     clusters: list[dict[str, Any]] = []
     for (signature, members), share in zip(types.items(), shares, strict=True):
@@ -53,14 +53,14 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     return {"types": len(types), "clusters": [cluster["devices"] for cluster in clusters]}
 
 
-def share_out(experts: int, tokens: list[int], devices: list[int]) -> list[int]:
-    """Share `experts` clusters out among model types: at least 1 and at most `devices[i]` each, else by `tokens`.
+def share_out(clusters: int, tokens: list[int], devices: list[int]) -> list[int]:
+    """Share `clusters` clusters out among model types: at least 1 and at most `devices[i]` each, else by `tokens`.
 
     Largest remainder, with what a type cannot use going to the others; the lower index wins ties.
     """
     shares = [1] * len(tokens)
-    quota = np.array(tokens, float) / sum(tokens) * experts
-    while sum(shares) < experts:
+    quota = np.array(tokens, float) / sum(tokens) * clusters
+    while sum(shares) < clusters:
         lack = [q - s if s < limit else -np.inf for q, s, limit in zip(quota, shares, devices, strict=True)]
         shares[int(np.argmax(lack))] += 1
     return shares
@@ -80,19 +80,6 @@ def _normalised(devices: list[dict[str, Any]]) -> np.ndarray:
             )
     matrix = np.array([entry["embedding"] for entry in devices])
     return matrix / np.linalg.norm(matrix, axis=1, keepdims=True).clip(1e-12)
-
-
-def _check_counts(experts: int, devices: int, types: int) -> None:
-    if devices < experts:
-        raise InputError(
-            f"{devices} sound uploads are fewer than experts={experts}", where="experts", allowed=f"1 to {devices}",
-            fix=f"--set experts={devices}", code="fewer-devices-than-experts",
-        )  # fmt: skip
-    if types > experts:
-        raise InputError(
-            f"{types} model types need at least one expert each, there are {experts}", where="experts",
-            allowed=f"{types} to {devices}", fix=f"--set experts={types}", code="more-types-than-experts",
-        )  # fmt: skip
 
 
 def _group(embeddings: np.ndarray, clusters: int, config: Config) -> list[list[int]]:

@@ -16,7 +16,7 @@ from deepfusion.artefacts import write_transport
 from deepfusion.card import Card, write_card
 from deepfusion.checkpoints import WholeModel, whole_folder
 from deepfusion.compact import open_base, write_delta
-from deepfusion.config import Config, DeviceSpec, Encoding
+from deepfusion.config import Config, DeviceSpec, Encoding, cluster_count
 from deepfusion.corpus import Document
 from deepfusion.data import make_splits, reading_order, training_steps, windows
 from deepfusion.distillation import Collator, Distiller, LossWeights
@@ -57,26 +57,12 @@ def simulated_devices(config: Config) -> list[dict[str, Any]]:
     if not splits.devices:
         fix = "--set data.private=FILE.jsonl"
         raise InputError("there is no private data", where="data.private", fix=fix, code="no-private-data")
-    _check_counts(config.experts, splits.devices)
+    # Better said now than after all devices have trained.
+    cluster_count(config, len(splits.devices), len({device.type for device in splits.devices}))
     return [
         {"config": config, "device": device, "private": splits.private[device.id], "held_out": splits.held_out[device.id]}
         for device in splits.devices if device.id is not None
     ]  # fmt: skip
-
-
-def _check_counts(experts: int, devices: list[DeviceSpec]) -> None:
-    """Each expert needs a device and each type an expert: better said now than after all devices have trained."""
-    types = {device.type for device in devices}
-    if len(devices) < experts:
-        raise InputError(
-            f"{len(devices)} devices are fewer than experts={experts}", where="experts", allowed=f"1 to {len(devices)}",
-            fix=f"--set experts={len(devices)}", code="fewer-devices-than-experts",
-        )  # fmt: skip
-    if len(types) > experts:
-        raise InputError(
-            f"{len(types)} model types need at least one expert each, there are {experts}", where="experts",
-            allowed=f"{len(types)} to {len(devices)}", fix=f"--set experts={len(types)}", code="more-types-than-experts",
-        )  # fmt: skip
 
 
 def train_alone(config: Config, data: Path, upload: Path, type: str | None, memory: str | None, name: str | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from deepfusion import families, models, progress
 from deepfusion.artefacts import write_model_card
-from deepfusion.checkpoints import whole_folder
+from deepfusion.checkpoints import numbered, whole_folder
 from deepfusion.config import Config
 from deepfusion.corpus import Document, build_corpus, read_corpus, reading_periods, write_corpus
 from deepfusion.data import make_splits, reading_order
@@ -25,7 +25,7 @@ from deepfusion.training import train
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path, method: Callable[..., nn.Module] = Distiller) -> dict[str, Any]:
-    """Writes `out`/bases/: corpus.jsonl, trunk/ where there is one, and one checkpoint 0/, 1/, ... per cluster.
+    """Writes `out`/bases/: corpus.jsonl, trunk/ where there is one, and one checkpoint 0/, 1/, ... per expert.
 
     `distill.steps` is shared out: `trunk_share` of it to the trunk, the rest in equal parts to the bases.
 
@@ -35,7 +35,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path, method: Callable[...
     bases, work = out / "bases", out / "work"
     bases.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
-    proxies = [inputs["proxies"] / str(k) for k in range(config.experts)]
+    proxies = numbered(inputs["proxies"])
     families.check_base(config.family, models.read_config(models.base_checkpoint(config.distill.base, config.family)))
     if not (bases / "corpus.jsonl").is_file():
         write_corpus(build_corpus(config, make_splits(config), proxies, work), bases / "corpus.jsonl")
@@ -51,11 +51,14 @@ def run(config: Config, inputs: dict[str, Path], out: Path, method: Callable[...
         }  # fmt: skip
         run_jobs(distill, [trunk], config.jobs)
         start = bases / "trunk"
+    # With more proxies than bases there is nothing for a base to learn beyond the trunk (`clustering.proxies`).
+    alone = len(proxies) == config.experts
     jobs = [
-        {"config": config, "start": start, "proxies": {k: proxy}, "documents": _texts(config, corpus, k, bool(trunk_steps)),
+        {"config": config, "start": start, "proxies": {k: proxies[k]} if alone else dict(enumerate(proxies)),
+         "documents": _texts(config, corpus, k, bool(trunk_steps)) if alone else corpus,
          "steps": branch_steps, "train_all": config.distill.train == "all", "unit": f"base {k}", "out": bases / str(k),
          "work": work / str(k), "method": method}
-        for k, proxy in enumerate(proxies)
+        for k in range(config.experts)
     ]  # fmt: skip
     losses = run_jobs(distill, jobs, config.jobs)
     return {"documents": len(corpus), "trunk_steps": trunk_steps, "steps_per_base": branch_steps, "losses": losses}
@@ -117,7 +120,7 @@ def distill(
     with whole_folder(out) as part:
         student.eval().save_pretrained(part)
         tokenizer.save_pretrained(part)
-        taught = f"distilled by DeepFusion from {'all proxies' if unit == 'trunk' else f'proxy {min(proxies)}'}"
+        taught = f"distilled by DeepFusion from {f'proxy {min(proxies)}' if len(proxies) == 1 else 'all proxies'}"
         facts = {"architecture": type(student).__name__, "steps": steps, "documents": len(documents), "seed": config.seed}
         write_model_card(part, unit.capitalize(), f"A dense model {taught}: it becomes an expert of the MoE.", facts)
         if config.merge.router == "prototype" and unit != "trunk":

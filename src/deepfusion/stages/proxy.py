@@ -147,7 +147,7 @@ def _describe(cluster: dict[str, Any], registry: dict[str, Any], weights: list[f
     (folder / "README.md").write_text(
         f"# Proxy {cluster['id']}\n\n"
         f"The element-wise weighted mean of {len(members)} models of type {cluster['type']}, made by DeepFusion: "
-        f"the teacher of base {cluster['id']}.\n\n| device | method | private tokens | weight |\n|---|---|---|---|\n{rows}\n",
+        f"a teacher of phase II.\n\n| device | method | private tokens | weight |\n|---|---|---|---|\n{rows}\n",
         "utf-8",
     )
     (folder / "proxy.json").write_text(json.dumps(lineage, indent=1), "utf-8")

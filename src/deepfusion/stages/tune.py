@@ -10,7 +10,7 @@ import torch
 
 from deepfusion import families, models
 from deepfusion.artefacts import write_final_card, write_model_card
-from deepfusion.checkpoints import whole_folder
+from deepfusion.checkpoints import numbered, whole_folder
 from deepfusion.config import Config
 from deepfusion.corpus import read_corpus, reading_periods
 from deepfusion.data import reading_order
@@ -29,7 +29,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     """
     moe = out / "moe"
     moe.mkdir(parents=True, exist_ok=True)
-    proxies = {k: inputs["proxies"] / str(k) for k in range(config.experts)} if config.tune.teachers else {}
+    proxies = dict(enumerate(numbered(inputs["proxies"]))) if config.tune.teachers else {}
     corpus = inputs["bases"] / "corpus.jsonl"
     start_share = config.distill.handover or 1.0
     jobs = [
