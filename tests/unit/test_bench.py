@@ -48,12 +48,12 @@ def test_variants_do_not_share_a_result() -> None:
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.method}-{v.name}")
 def test_every_variant_changes_a_config_that_is_valid(variant: Variant) -> None:
     cells = [Cell(case, 16, 0, variant.method, variant.name, variant.shared, variant.own) for case in CASES]
-    against = next((v.own for v in VARIANTS if (v.method, v.name) == (variant.method, variant.against)), ())
-    assert bool(against) == bool(variant.against)
-    plain = [Cell(case, 16, 0, variant.method) for case in CASES]
+    named = {(v.method, v.name): v for v in VARIANTS}
+    against = named[variant.method, variant.against] if variant.against else Variant(variant.method, "")
+    plain = [Cell(case, 16, 0, variant.method, shared=against.shared) for case in CASES]
     recipe = [f"recipe={variant.method}"] if variant.method in RECIPES else []
     changed = [cell.config(*recipe, *cell.own) for cell in cells]
-    assert changed != [cell.config(*recipe, *against) for cell in plain]
+    assert changed != [cell.config(*recipe, *against.own) for cell in plain]
     for config in changed:
         assert config.distill.vaa.stages <= min(model_config(name).num_hidden_layers for name in config.device.types)
 

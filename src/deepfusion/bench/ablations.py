@@ -36,6 +36,8 @@ def _two_schedules(*variants: Variant) -> tuple[Variant, ...]:
     return tuple(replace(v, own=(*_TWO_SCHEDULES.own, *v.own), against=_TWO_SCHEDULES.name) for v in variants)
 
 
+_BY_DOMAIN = "data.partition.scheme=by_domain"
+
 ABLATIONS: dict[str, tuple[Variant, ...]] = {
     # Is View-Aligned Attention worth it? In recipe paper, whose phase II it is made for, and in recipe fused.
     "vaa": (
@@ -178,10 +180,13 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
         Variant("fused", "delta4", shared=("device.upload=delta4",)),
         Variant("fused", "lora", shared=("device.method=lora",)),
     ),
-    "devices": tuple(
-        Variant(method, name, shared=(change,))
-        for method in ("fused", "paper")
-        for name, change in (("all-llama", "device.types=[tiny-llama]"), ("by-domain", "data.partition.scheme=by_domain"))
+    "devices": (
+        *(
+            Variant(method, name, shared=(change,))
+            for method in ("fused", "paper")
+            for name, change in (("all-llama", "device.types=[tiny-llama]"), ("by-domain", _BY_DOMAIN))
+        ),
+        Variant("fused", "by-domain-proxies-16", shared=(_BY_DOMAIN,), own=("clustering.proxies=16",), against="by-domain"),
     ),
 }
 

@@ -193,7 +193,7 @@ def ablation_tables(rows: list[Row]) -> str:
     note = (
         "Held-out text of the devices (validation), mean ± standard deviation over seeds; below 0 the change is better. "
         "What changes something beside `distill.handover=0` is compared with the method that has this and nothing else changed, "
-        "and samples alone from 16 proxies with samples alone."
+        "and so are 16 proxies where samples are all there is, or devices hold a domain each."
     )
     return "\n\n".join([note, *parts])
 
