@@ -148,7 +148,7 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
                 proxy_per_device="experts=16",
             )
         ),
-        *_each("fused", proxies_16="clustering.proxies=16"),
+        *_each("fused", proxies_16="clustering.proxies=16", proxies_32="clustering.proxies=32"),
     ),
     "public": (
         *_each(
