@@ -114,7 +114,8 @@ class ClusteringSection(Section):
     proxies: int | None = Field(
         None,
         ge=1,
-        description="most clusters, and so proxies; one trunk can learn from more than experts. Default: as many as experts",
+        description="clusters, and so proxies, at most, where one trunk learns from all (trunk_share 1, router random); "
+        "at least, and by default, as many as experts",
     )
     average: Literal["uniform", "tokens"] = Field(
         "uniform", description="weight of a device in the mean of its cluster: all alike (paper), or by its private tokens"
@@ -273,20 +274,14 @@ class Config(Section):
         methods = {self.device.method, *(device.method for device in specified if device.method)}
         if self.device.upload != "weights" and methods != {"full"}:
             raise ValueError(f"device.upload={self.device.upload} is for method full; adapters are small as they are")
-        proxies = self.clustering.proxies
-        if proxies is not None and proxies < self.experts:
-            raise ValueError(f"clustering.proxies={proxies} is less than experts={self.experts}")
-        if proxies is not None and proxies > self.experts and (self.distill.trunk_share < 1 or self.merge.router == "prototype"):
-            raise ValueError(
-                f"clustering.proxies={proxies}: with distill.trunk_share below 1 or merge.router=prototype each base needs a proxy "
-                f"of its own, so experts={self.experts}"
-            )
         if self.distill.vaa.patches % self.distill.vaa.stages:
             raise ValueError("distill.vaa.patches must be a multiple of distill.vaa.stages")
         if isinstance(self.data.test, float) and not 0 < self.data.test < 1:
             raise ValueError("data.test as a share must lie between 0 and 1")
         if not (self.distill.steps and self.tune.steps):  # nothing to hand over, or nobody to take it
             object.__setattr__(self, "distill", self.distill.model_copy(update={"handover": 0.0}))
+        if self.distill.trunk_share < 1 or self.merge.router == "prototype":  # each base needs a proxy of its own
+            object.__setattr__(self, "clustering", self.clustering.model_copy(update={"proxies": None}))
         return self
 
 
@@ -343,7 +338,7 @@ def cluster_count(config: Config, devices: int, types: int) -> int:
             f"{devices} devices are fewer than experts={experts}", where="experts", allowed=f"1 to {devices}",
             fix=f"--set experts={devices}", code="fewer-devices-than-experts",
         )  # fmt: skip
-    count = min(config.clustering.proxies or experts, devices)
+    count = max(experts, min(config.clustering.proxies or experts, devices))
     if types > count:
         raise InputError(
             f"{types} model types need at least one cluster each, there are {count}", where="experts",
