@@ -27,6 +27,8 @@ from deepfusion.training import train
 def run(config: Config, inputs: dict[str, Path], out: Path, method: Callable[..., nn.Module] = Distiller) -> dict[str, Any]:
     """Writes `out`/bases/: corpus.jsonl, trunk/ where there is one, and one checkpoint 0/, 1/, ... per expert.
 
+    Base k learns from proxy k. More proxies than experts teach a trunk that is all there is to learn (`clustering.proxies`).
+
     `distill.steps` is shared out: `trunk_share` of it to the trunk, the rest in equal parts to the bases.
 
     Args:
@@ -51,11 +53,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path, method: Callable[...
         }  # fmt: skip
         run_jobs(distill, [trunk], config.jobs)
         start = bases / "trunk"
-    # With more proxies than bases there is nothing for a base to learn beyond the trunk (`clustering.proxies`).
-    alone = len(proxies) == config.experts
     jobs = [
-        {"config": config, "start": start, "proxies": {k: proxies[k]} if alone else dict(enumerate(proxies)),
-         "documents": _texts(config, corpus, k, bool(trunk_steps)) if alone else corpus,
+        {"config": config, "start": start, "proxies": {k: proxies[k]}, "documents": _texts(config, corpus, k, bool(trunk_steps)),
          "steps": branch_steps, "train_all": config.distill.train == "all", "unit": f"base {k}", "out": bases / str(k),
          "work": work / str(k), "method": method}
         for k in range(config.experts)
@@ -120,9 +119,9 @@ def distill(
     with whole_folder(out) as part:
         student.eval().save_pretrained(part)
         tokenizer.save_pretrained(part)
-        taught = f"distilled by DeepFusion from {f'proxy {min(proxies)}' if len(proxies) == 1 else 'all proxies'}"
+        who = "all proxies" if unit == "trunk" or settings.trunk_share == 1 else f"proxy {min(proxies)}"
         facts = {"architecture": type(student).__name__, "steps": steps, "documents": len(documents), "seed": config.seed}
-        write_model_card(part, unit.capitalize(), f"A dense model {taught}: it becomes an expert of the MoE.", facts)
+        write_model_card(part, unit.capitalize(), f"A dense model distilled by DeepFusion from {who}: it becomes an expert of the MoE.", facts)
         if config.merge.router == "prototype" and unit != "trunk":
             # A proxy that knows no text best, as on finely mixed data, has no corner of its own: the middle of all text.
             own = [d for d in documents if d.teacher in proxies] or documents
