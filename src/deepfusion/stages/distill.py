@@ -121,7 +121,8 @@ def distill(
         tokenizer.save_pretrained(part)
         who = "all proxies" if unit == "trunk" or settings.trunk_share == 1 else f"proxy {min(proxies)}"
         facts = {"architecture": type(student).__name__, "steps": steps, "documents": len(documents), "seed": config.seed}
-        write_model_card(part, unit.capitalize(), f"A dense model distilled by DeepFusion from {who}: it becomes an expert of the MoE.", facts)
+        text = f"A dense model distilled by DeepFusion from {who}: it becomes an expert of the MoE."
+        write_model_card(part, unit.capitalize(), text, facts)
         if config.merge.router == "prototype" and unit != "trunk":
             # A proxy that knows no text best, as on finely mixed data, has no corner of its own: the middle of all text.
             own = [d for d in documents if d.teacher in proxies] or documents
