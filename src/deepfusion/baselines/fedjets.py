@@ -12,6 +12,7 @@ expert, keep training theirs whatever the gate says, or a young gate sends every
   each layer, and a choice is made layer by layer; the public weights in the start play the part of the common expert.
 - The source takes anchors of known, distinct data. A server knows no such thing: a draft on the untrained gate finds them,
   and spreads the experts evenly in the first round.
+- The source says nothing of schedules. One over all rounds does better than one in each, as one over two trainings does in ours.
 - The source adds a loss that draws the gate of an anchor to its expert. Here a load balance is all there is beside L_CE.
 - Choosing needs the global gate at all layers. What that costs a device in downloads and computing is not counted.
 """
@@ -63,7 +64,7 @@ class FedJETS(Section):
 
     rounds: int = Field(4, ge=1, description="rounds that the steps of a device are shared out to")
     experts_per_device: int = Field(2, ge=1, description="experts of a compact MoE, in bases: times merge.split routed experts")
-    learning_rate: float = Field(2e-3, gt=0, description="peak learning rate (cosine) of each round")
+    learning_rate: float = Field(2e-3, gt=0, description="peak of the one learning-rate schedule (cosine) over all rounds")
     balance_weight: float = Field(0.01, ge=0, description="weight of the load balance, computed layer by layer")
 
 
@@ -344,6 +345,7 @@ def _train(
     pinned = set(families.pinned_parameters(compact))
     for name, parameter in compact.named_parameters():
         parameter.requires_grad_(name not in pinned)
+    begin_share, end_share = (_rate_share(done / len(member.rounds)) for done in (number, number + 1))
     history = train(
         Distiller(compact, LossWeights(balance=settings.balance_weight)),
         [[member.documents[index] for index in batch] for batch in member.rounds[number]],
@@ -351,13 +353,19 @@ def _train(
         stage="fedjets",
         unit=f"{member.name} round {number + 1}",
         work=work,
-        learning_rate=settings.learning_rate,
+        learning_rate=settings.learning_rate * begin_share,
+        end_share=end_share / begin_share,
         precision=models.resolve_precision(config.precision, compact.config),
         seed=config.seed,
         checkpoint_seconds=math.inf,  # a device is soon trained again, and its mean loss is that of all its steps
     )
     ends = [0.0, *(row["step"] for row in history)]
     return sum(row["ce"] * (end - begin) for row, (begin, end) in zip(history, pairwise(ends), strict=True)) / ends[-1]
+
+
+def _rate_share(done: float) -> float:
+    """Share of the peak rate that a cosine is at when so much of its training is done."""
+    return (1 + math.cos(math.pi * done)) / 2
 
 
 def _store(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype, losses: list[float]) -> None:
