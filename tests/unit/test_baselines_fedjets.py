@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from conftest import digests, overlay, sentences, write_config, write_rows
+from deepfusion import progress
 from deepfusion.baselines import fedjets
 from deepfusion.baselines.fedjets import (
     FedJETS,
@@ -291,6 +293,21 @@ def test_two_rounds_teach_the_moe_the_text_of_all_devices(zoo, settings, tmp_pat
     assert summary["total_up_bytes"] == summary["total_down_bytes"] == 5 * moved
     assert not (tmp_path / "out" / "work").exists()
     assert run(config, {"start": start}, tmp_path / "out") == summary
+
+
+def test_the_learning_rate_is_one_cosine_over_all_rounds(zoo, settings, tmp_path):
+    values, start = federation(settings, zoo, tmp_path, "qwen3_moe")
+    config = config_of(overlay(values, device={"steps": 30}), tmp_path)
+    progress.attach(tmp_path / "out")
+    try:
+        run(config, {"start": start}, tmp_path / "out", FedJETS(rounds=3, learning_rate=1e-2))
+    finally:
+        progress.attach(None)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    for name in sorted({row["unit"].split()[0] for row in rows}):
+        rounds = [[r["learning_rate"] for r in rows if r["unit"] == f"{name} round {number}"] for number in (1, 2, 3)]
+        assert [max(rates) for rates in rounds] == pytest.approx([0.01, 0.0075, 0.0025])  # 1 + cos of 0, 60, 120 degrees
+        assert [rates[-1] for rates in rounds] == pytest.approx([0.0075, 0.0025, 0], abs=3e-4)
 
 
 def test_a_start_in_bf16_moves_half_the_bytes_and_ends_in_bf16(zoo, settings, tmp_path):

@@ -140,6 +140,7 @@ def test_the_bound_is_the_centralized_run_that_is_best_on_held_out_text(tmp_path
 
 def test_the_page_says_first_whom_fused_is_ahead_of_and_whom_not(tmp_path: Path) -> None:
     losses = {"fused": (3.0, 3.2), "paper": (3.5, 3.6), "fedkmt": (3.1, 3.2), "public": (2.9, 3.1), "average": (9.0, 9.0)}
+    losses["fused-proxies-16"] = (2.8, 3.1)
     for method, values in losses.items():
         for seed, loss in enumerate(values):
             name = f"finance-16-seed{seed}-{method}"
@@ -147,9 +148,13 @@ def test_the_page_says_first_whom_fused_is_ahead_of_and_whom_not(tmp_path: Path)
             row["test"]["mean_over_domains"] = {"log_perplexity": loss, "bits_per_byte": loss / 2, "token_accuracy": 0.2}
             (tmp_path / f"{name}.json").write_text(json.dumps(row), "utf-8")
     short = page(tmp_path).split("## ")[1]
-    loss, accuracy = (line.split(" | ") for line in short.splitlines() if line.startswith("| finance"))
-    assert loss[2:4] == ["3 of 4", "2"]  # paper and, in bits per byte, average; FedKMT +0.05 is less than the spread of 0.07
-    assert "FedKMT +0.0500 ± 0.0707" in loss[4]
-    assert "public text alone, best number of steps -0.1000 ± 0.0000" in loss[4]
-    assert "recipe paper" not in loss[4]
-    assert accuracy[2:4] == ["0 of 3", "0"]  # equal is not ahead, and tokens of another tokenizer do not count
+    rows = [line.split(" | ") for line in short.splitlines() if line.startswith("| finance")]
+    assert [row[1:3] for row in rows] == [[m, p] for m in ("loss", "token accuracy, %") for p in ("one per expert", "16")]
+    loss, more, accuracy, _ = (row[3:] for row in rows)
+    assert loss[:2] == ["3 of 4", "2"]  # paper and, in bits per byte, average; FedKMT +0.05 is less than the spread of 0.07
+    assert "FedKMT +0.0500 ± 0.0707" in loss[2]
+    assert "public text alone, best number of steps -0.1000 ± 0.0000" in loss[2]
+    assert "recipe paper" not in loss[2]
+    assert more[:2] == ["4 of 4", "3"]
+    assert "public text alone, best number of steps +0.0500 ± 0.0707" in more[2]
+    assert accuracy[:2] == ["0 of 3", "0"]  # equal is not ahead, and tokens of another tokenizer do not count

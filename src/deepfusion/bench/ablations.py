@@ -190,6 +190,15 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
     ),
 }
 
+_KNOWN = {(variant.method, variant.name): variant for group in ABLATIONS.values() for variant in group}
+
+
+def row_cell(name: str, case: str, devices: int, seed: int, given: tuple[str, ...] = ()) -> Cell:
+    """The cell of a row of the tables: `name` is a method or, with a slash, one of its variants; `given` holds for all."""
+    method, _, variant = name.partition("/")
+    found = _KNOWN.get((method, variant), Variant(method, ""))
+    return Cell(case, devices, seed, method, variant, (*given, *found.shared), found.own)
+
 
 def ablation_cells(
     groups: Sequence[str],
@@ -218,8 +227,7 @@ def ablation_cells(
             allowed = ", ".join(names)
             raise InputError(f"there is no variant {name}", where=", ".join(groups), allowed=allowed, code="unknown-ablation")
     variants = [variant for variant in variants if only is None or variant.name in only]
-    known = {(variant.method, variant.name): variant for group in ABLATIONS.values() for variant in group}
-    compared = [known.get((v.method, v.against), Variant(v.method, "")) for v in variants]
+    compared = [_KNOWN.get((v.method, v.against), Variant(v.method, "")) for v in variants]
     return [
         Cell(case, devices, seed, v.method, v.name, (*given, *v.shared), v.own)
         for seed in seeds for v in dict.fromkeys((*compared, *variants))

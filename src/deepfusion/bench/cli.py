@@ -33,16 +33,17 @@ def paper(
     json_: Json = False,
 ) -> None:
     """The paper's two case studies with every method, at a size for this machine."""
-    from deepfusion.bench.cells import Cell, run_cells
-    from deepfusion.bench.methods import METHODS
+    from deepfusion.bench.ablations import row_cell
+    from deepfusion.bench.cells import run_cells
+    from deepfusion.bench.tables import ROWS
 
-    names = list(METHODS) if methods == "all" else methods.split(",")
+    names = list(ROWS) if methods == "all" else methods.split(",")
     for name in names:
-        if name not in METHODS:
-            raise InputError(f"there is no method {name}", allowed=", ".join(METHODS), code="unknown-method")
+        if name not in ROWS:
+            raise InputError(f"there is no method {name}", allowed=", ".join(ROWS), code="unknown-method")
     cells = [
-        Cell(c, n, seed, method, shared=tuple(set or ()))
-        for seed in range(seeds) for n in _numbers(devices) for c in _cases(case) for method in names
+        row_cell(name, c, n, seed, tuple(set or ()))
+        for seed in range(seeds) for n in _numbers(devices) for c in _cases(case) for name in names
     ]  # fmt: skip
     folder = results or out / "results"
     run_cells(cells, out, folder, workers)

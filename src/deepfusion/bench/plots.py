@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from deepfusion.bench.cells import CASES
 from deepfusion.bench.methods import METHODS
-from deepfusion.bench.tables import read_results, with_best_bound
+from deepfusion.bench.tables import OTHER_TOKENIZER, ROWS, read_results, row_name, with_best_bound
 from deepfusion.charts import COLOURS
 
 _STYLES = {"ours": "-", "baseline": "--", "control": ":", "bound": "-."}
@@ -19,7 +19,7 @@ _STYLES = {"ours": "-", "baseline": "--", "control": ":", "bound": "-."}
 
 def write_plots(results: Path, folder: Path) -> list[Path]:
     """Log-perplexity over N, one file per case, `results-CASE.svg`; returns the files."""
-    rows = [row for row in with_best_bound(read_results(results)) if not row["variant"]]
+    rows = [row for row in with_best_bound(read_results(results)) if row_name(row) in ROWS]
     written = []
     for case in CASES:
         own = [row for row in rows if row["case"] == case]
@@ -31,17 +31,16 @@ def write_plots(results: Path, folder: Path) -> list[Path]:
 def _plot(case: str, rows: list[dict[str, Any]], path: Path) -> Path:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    names = [n for n, m in METHODS.items() if m.role in _STYLES and n not in ("average", "homogeneous")]
-    for index, name in enumerate(names):
+    for index, name in enumerate(name for name in ROWS if name not in OTHER_TOKENIZER):
         values = {
-            count: [r["test"]["mean_over_domains"]["log_perplexity"] for r in rows if (r["method"], r["devices"]) == (name, count)]
-            for count in sorted({r["devices"] for r in rows if r["method"] == name})
+            count: [r["test"]["mean_over_domains"]["log_perplexity"] for r in rows if (row_name(r), r["devices"]) == (name, count)]
+            for count in sorted({r["devices"] for r in rows if row_name(r) == name})
         }
         if values:
             axes.errorbar(
                 list(values), [mean(v) for v in values.values()],
                 yerr=[stdev(v) if len(v) > 1 else 0 for v in values.values()],
-                label=METHODS[name].title, color=COLOURS[index % len(COLOURS)], linestyle=_STYLES[METHODS[name].role],
+                label=ROWS[name], color=COLOURS[index % len(COLOURS)], linestyle=_STYLES[METHODS[name.split("/")[0]].role],
                 marker="o", markersize=4, capsize=3,
             )  # fmt: skip
     counts = sorted({row["devices"] for row in rows})

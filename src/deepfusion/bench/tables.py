@@ -48,7 +48,12 @@ PAPER: dict[str, dict[str, dict[str, tuple[float, ...]]]] = {
     },
 }
 PAPER_N = (16, 32, 64, 128)
-DATA_FREE = ("sampled-only", ", no public text")  # a variant of the ablations, and what the tables call it
+PROXIES_16 = "fused/proxies-16"
+_TITLES = {name: method.title for name, method in METHODS.items()}
+ROWS = {"fused": _TITLES["fused"], PROXIES_16: f"{_TITLES['fused']}, 16 proxies"} | _TITLES
+"""The rows of the tables, in order, and their titles: a method or, after a slash, one of its variants."""
+OURS = ("fused", PROXIES_16, "paper")
+DATA_FREE = "sampled-only"
 OWN_STEPS = "own-steps"
 OTHER_TOKENIZER = ("average", "homogeneous", "proxies")  # their tokens are others: only bits per byte compare
 
@@ -65,14 +70,14 @@ def page(results: Path, costs_file: Path | None = None) -> str:
     parts = [_intro(rows), in_short(bounded)]
     for case, title in CASES.items():
         own = [row for row in bounded if row["case"] == case]
-        if any(not row["variant"] for row in own):
+        if any(row_name(row) in ROWS for row in own):
             parts.append(f"## {title[0].upper()}{title[1:]}\n\n![Log-perplexity over N](results-{case}.svg)\n\n{case_tables(own)}")
         else:
             parts.append(f"## {title[0].upper()}{title[1:]}\n\nNo cell has been run yet.")
     changed = ablation_tables(rows)
     if changed:
         parts.append(f"## Ablations\n\n{changed}")
-    parts.append(_budgets([row for row in bounded if not row["variant"]]))
+    parts.append(_budgets(bounded))
     if costs_file is not None and costs_file.is_file():
         parts.append(costs.tables(json.loads(costs_file.read_text("utf-8"))))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -99,23 +104,24 @@ def in_short(rows: list[Row]) -> str:
     lines = []
     for case in CASES:
         own = [row for row in rows if row["case"] == case]
-        for count in sorted({row["devices"] for row in own if not row["variant"]}):
+        for count in _counts(own):
             for key, title, form, scale in (
                 ("log_perplexity", "loss", "+.4f", -1),
                 ("token_accuracy", "token accuracy, %", "+.2f", 100),
             ):
-                gains = {name: found for name in METHODS if (found := _gains(own, count, name, key, scale))}
-                if gains:
-                    lines.append(f"| {case}, {count} | {title} | {_standing(gains, form)} |")
+                for ours, proxies in (("fused", "one per expert"), (PROXIES_16, "16")):
+                    gains = {name: found for name in METHODS if (found := _gains(own, count, ours, name, key, scale))}
+                    if gains:
+                        lines.append(f"| {case}, {count} | {title} | {proxies} | {_standing(gains, form)} |")
     if not lines:
         return ""
-    head = "| case, N | measure | `fused` ahead of | beyond the spread | behind, or within the spread (`fused` better by) |"
+    head = "| case, N | measure | proxies | `fused` ahead of | beyond the spread | behind, or within the spread (better by) |"
     note = (
         "Recipe `fused` against recipe `paper`, the baselines and the controls below, on test text, seed by seed. The loss is "
         "log-perplexity, for models with other tokenizers bits per byte. Beyond the spread: the mean of the differences is more "
-        "than their standard deviation."
+        "than their standard deviation. One proxy per expert (4) is the default; 16 is `clustering.proxies: 16`."
     )
-    return "\n".join([f"## In short\n\n{note}\n", head, "|---" * 5 + "|", *lines])
+    return "\n".join([f"## In short\n\n{note}\n", head, "|---" * 6 + "|", *lines])
 
 
 def _standing(gains: dict[str, list[float]], form: str) -> str:
@@ -123,19 +129,19 @@ def _standing(gains: dict[str, list[float]], form: str) -> str:
     seeds = max(map(len, gains.values()))
     clear = {name for name in ahead if len(gains[name]) > 1 and mean(gains[name]) > stdev(gains[name])}
     named = gains.keys() - (clear if seeds > 1 else ahead)
-    rest = [f"{METHODS[name].title} {_spread(found, form)}" for name, found in gains.items() if name in named]
+    rest = [f"{ROWS[name]} {_spread(found, form)}" for name, found in gains.items() if name in named]
     return f"{len(ahead)} of {len(gains)} | {len(clear) if seeds > 1 else 'one seed'} | {'; '.join(rest) or '–'}"
 
 
-def _gains(rows: list[Row], count: int, rival: str, key: str, scale: float) -> list[float]:
-    """By how much `fused` is better, seed by seed; empty where the two cannot be compared."""
+def _gains(rows: list[Row], count: int, ours: str, rival: str, key: str, scale: float) -> list[float]:
+    """By how much `ours` is better, seed by seed; empty where the two cannot be compared."""
     if rival != "paper" and METHODS[rival].role not in ("baseline", "control"):
         return []
     if rival in OTHER_TOKENIZER:
         if key != "log_perplexity":
             return []
         key = "bits_per_byte"
-    own, other = _pick(rows, "fused", count), _pick(rows, rival, count)
+    own, other = _pick(rows, ours, count), _pick(rows, rival, count)
     return [scale * (_value(own[seed], key) - _value(other[seed], key)) for seed in sorted(own.keys() & other.keys())]
 
 
@@ -144,25 +150,26 @@ def case_tables(rows: list[Row]) -> str:
 
     Of the ablations among `rows` only those without public text are shown, beside the bounds.
     """
-    case, counts = rows[0]["case"], sorted({row["devices"] for row in rows if not row["variant"]})
-    same = [name for name in METHODS if name not in OTHER_TOKENIZER]
+    case, counts = rows[0]["case"], _counts(rows)
+    same = [name for name in ROWS if name not in OTHER_TOKENIZER]
     parts = [
         "Log-perplexity on test text, nats per token (mean over domains, then mean ± standard deviation over seeds; in brackets "
         "the number of seeds where it is not that of most cells), lower is better:",
         _table(rows, counts, same, "log_perplexity", ".4f"),
         "Bits per byte, which also compare models with other tokenizers, lower is better:",
-        _table(rows, counts, list(METHODS), "bits_per_byte", ".4f"),
+        _table(rows, counts, list(ROWS), "bits_per_byte", ".4f"),
         "Token accuracy, %:",
         _table(rows, counts, same, "token_accuracy", ".2f", 100),
     ]
     if any(row["test"].get("choice_accuracy") is not None for row in rows):
         parts += ["Multiple-choice accuracy, % (chance is near 25):", _table(rows, counts, same, "choice_accuracy", ".1f", 100)]
-    for ours in ("fused", "paper"):
-        parts += [
-            f"Recipe `{ours}` against each method, same seed, same devices: log-perplexity of the method less that of `{ours}`, "
-            f"so above 0 `{ours}` is better (for other tokenizers, marked *, bits per byte):",
-            _paired(rows, counts, ours),
-        ]
+    for ours in OURS:
+        if any(row_name(row) == ours for row in rows):
+            parts += [
+                f"{ROWS[ours]}, against each method, same seed, same devices: log-perplexity of the method less its own, "
+                f"so above 0 it is better than the method (for other tokenizers, marked *, bits per byte):",
+                _paired(rows, counts, ours),
+            ]
     parts += [_bounds(rows, counts), _from_the_paper(case)]
     return "\n\n".join(part for part in parts if part)
 
@@ -243,10 +250,19 @@ def _spread(values: Sequence[float], form: str, scale: float = 1.0) -> str:
     return f"{shown} ± {format(stdev(scaled), form.lstrip('+'))}" if len(scaled) > 1 else shown
 
 
-def _pick(rows: Iterable[Row], method: str, count: int, variant: str = "") -> dict[int, Row]:
-    own = [row for row in rows if (row["method"], row["variant"]) == (method, variant)]
+def row_name(row: Row) -> str:
+    """As a row of the tables."""
+    return "/".join(filter(None, (row["method"], row["variant"])))
+
+
+def _counts(rows: Iterable[Row]) -> list[int]:
+    return sorted({row["devices"] for row in rows if row_name(row) in ROWS})
+
+
+def _pick(rows: Iterable[Row], name: str, count: int) -> dict[int, Row]:
+    own = [row for row in rows if row_name(row) == name]
     found = {row["seed"]: row for row in own if row["devices"] == count}
-    if method == "centralized" and not found:  # the union of all private text does not depend on N
+    if name.startswith("centralized") and not found:  # the union of all private text does not depend on N
         fewest = min((row["devices"] for row in own), default=None)
         found = {row["seed"]: row for row in own if row["devices"] == fewest}
     return found
@@ -257,7 +273,7 @@ def _grid(counts: Sequence[int], names: Sequence[str], cell: Callable[[str, int]
     for name in names:
         cells = [cell(name, count) for count in counts]
         if any(cells):
-            lines.append(f"| {METHODS[name].title} | " + " | ".join(c or "–" for c in cells) + " |")
+            lines.append(f"| {ROWS[name]} | " + " | ".join(c or "–" for c in cells) + " |")
     return "\n".join(lines)
 
 
@@ -279,7 +295,7 @@ def _has(row: Row, key: str) -> bool:
 
 
 def _usual_seeds(rows: list[Row]) -> int:
-    sizes = [len(_pick(rows, name, count)) for name in METHODS for count in sorted({row["devices"] for row in rows})]
+    sizes = [len(_pick(rows, name, count)) for name in ROWS for count in _counts(rows)]
     present = [size for size in sizes if size]
     return max(set(present), key=present.count)
 
@@ -294,7 +310,7 @@ def _paired(rows: list[Row], counts: Sequence[int], ours: str) -> str:
         star = " *" if name in OTHER_TOKENIZER else ""
         return _spread([_value(other[s], key) - _value(own[s], key) for s in seeds], "+.4f") + star
 
-    return _grid(counts, [name for name in METHODS if name != ours], cell)
+    return _grid(counts, [name for name in ROWS if name != ours], cell)
 
 
 def _bounds(rows: list[Row], counts: Sequence[int]) -> str:
@@ -307,14 +323,14 @@ def _bounds(rows: list[Row], counts: Sequence[int]) -> str:
         "over the best single proxy",
     ]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    kinds = [(name, variant, note) for variant, note in (("", ""), DATA_FREE) for name in ("fused", "paper")]
-    for name, variant, note in kinds:
+    titles = ROWS | {f"{name}/{DATA_FREE}": f"{ROWS[name]}, no public text" for name in ("fused", "paper")}
+    for name in (*OURS, *(name for name in titles if name not in ROWS)):
         for count in counts:
-            own = _pick(rows, name, count, variant)
+            own = _pick(rows, name, count)
             base, proxies = _pick(rows, "base", count), _pick(rows, "proxies", count)
             columns: list[tuple[list[float], str, float]] = []
-            for steps in ("", OWN_STEPS):
-                bound = _pick(rows, "centralized", count, steps)
+            for bounds in ("centralized", f"centralized/{OWN_STEPS}"):
+                bound = _pick(rows, bounds, count)
                 losses = [
                     tuple(_value(side[seed], "log_perplexity") for side in (own, bound, base))
                     for seed in own
@@ -322,6 +338,8 @@ def _bounds(rows: list[Row], counts: Sequence[int]) -> str:
                 ]
                 columns.append(([ours / best for ours, best, _ in losses], ".3f", 1.0))
                 columns.append(([(first - ours) / (first - best) for ours, best, first in losses], ".1f", 100.0))
+            if name == PROXIES_16:
+                proxies = {}  # its teachers are others
             taught = [(_value(own[seed], "bits_per_byte"), proxies[seed]) for seed in own if seed in proxies]
             columns.append(([bits / _value(proxy, "bits_per_byte") for bits, proxy in taught], ".3f", 1.0))
             columns.append(
@@ -329,7 +347,7 @@ def _bounds(rows: list[Row], counts: Sequence[int]) -> str:
             )
             shown = [_spread(*column) if column[0] else "–" for column in columns]
             if any(column[0] for column in columns):
-                lines.append(f"| {METHODS[name].title}{note} | {count} | " + " | ".join(shown) + " |")
+                lines.append(f"| {titles[name]} | {count} | " + " | ".join(shown) + " |")
     return "How far it is to the upper bound and to its teachers:\n\n" + "\n".join(lines) if len(lines) > 2 else ""
 
 
@@ -351,16 +369,16 @@ def _budgets(rows: list[Row]) -> str:
     lines = ["| case, N | method | " + " | ".join([*head, "MB up", "MB down"]) + " |", "|---" * 10 + "|"]
     groups: dict[tuple[str, int, str], list[Row]] = defaultdict(list)
     for row in rows:
-        if METHODS[row["method"]].role != "reference" and row["method"] != "base":
-            groups[row["case"], row["devices"], row["method"]].append(row)
-    order = {name: place for place, name in enumerate(METHODS)}
+        if row_name(row) in ROWS and METHODS[row["method"]].role != "reference" and row["method"] != "base":
+            groups[row["case"], row["devices"], row_name(row)].append(row)
+    order = {name: place for place, name in enumerate(ROWS)}
     for case, count, name in sorted(groups, key=lambda key: (key[0], key[1], order[key[2]])):
         cells = groups[case, count, name]
         sides = [row["budget"]["device"] for row in cells], [_total(row["budget"]["server"].values()) for row in cells]
         forms = (("steps", ",.0f"), ("tokens", ",.0f"), ("flops", ".2e"))
         work = [format(mean(w[key] for w in side), form) for side in sides for key, form in forms]
         moved = [_moved(cells), _moved(cells, "down")]
-        lines.append(f"| {case}, {count} | {METHODS[name].title} | " + " | ".join([*work, *moved]) + " |")
+        lines.append(f"| {case}, {count} | {ROWS[name]} | " + " | ".join([*work, *moved]) + " |")
     if not groups:
         return ""
     note = (
