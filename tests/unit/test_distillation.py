@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import GPT2Config
 
 from conftest import sentences
-from deepfusion.config import VAASection
+from deepfusion.config import VAASection, parse_config
 from deepfusion.corpus import Document
 from deepfusion.data import Example, encode
 from deepfusion.distillation import Collator, Distiller, LossWeights, Teacher
+from deepfusion.errors import InputError
 from deepfusion.models import load_model, load_tokenizer
+from deepfusion.stages import distill
 
 CPU = torch.device("cpu")
 VAA = VAASection(patches=8, width=8, heads=2)
@@ -173,3 +176,16 @@ def test_padding_changes_nothing(zoo, student_folder):
     weights = [float(encode(collator.tokenizer, d.example, 0.5).weights[1:].sum()) for d in (short, other)]
     both = step(module, collator, [short, other])
     torch.testing.assert_close(both["ce"], (alone[0]["ce"] * weights[0] + alone[1]["ce"] * weights[1]) / sum(weights))
+
+
+def test_teachers_that_do_not_fit_beside_the_trunk_are_refused_before_any_work(zoo, tmp_path):
+    for number in range(3):
+        (tmp_path / "proxies" / str(number)).mkdir(parents=True)
+        GPT2Config(n_embd=2**17, n_layer=1, n_head=8).save_pretrained(tmp_path / "proxies" / str(number))  # 0.8 TiB in fp32
+    config = parse_config(
+        {"family": "qwen3_moe", "experts": 2, "precision": "fp32", "clustering": {"proxies": 3}}
+        | {"distill": {"base": str(zoo["qwen3_moe"]), "trunk_share": 1}}
+    )
+    with pytest.raises(InputError, match=r"3 teachers 2[34]\d\d\.\d GiB.*allowed: 2 \(one per expert\).*too-little-memory"):
+        distill.run(config, {"proxies": tmp_path / "proxies"}, tmp_path)
+    assert not (tmp_path / "bases" / "corpus.jsonl").exists()

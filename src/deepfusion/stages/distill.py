@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -19,6 +20,7 @@ from deepfusion.config import Config
 from deepfusion.corpus import Document, build_corpus, read_corpus, reading_periods, write_corpus
 from deepfusion.data import make_splits, reading_order
 from deepfusion.distillation import Collator, Distiller, LossWeights, Teacher
+from deepfusion.errors import InputError
 from deepfusion.jobs import run_jobs
 from deepfusion.metrics import context_limit
 from deepfusion.training import train
@@ -38,13 +40,15 @@ def run(config: Config, inputs: dict[str, Path], out: Path, method: Callable[...
     bases.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
     proxies = numbered(inputs["proxies"])
-    families.check_base(config.family, models.read_config(models.base_checkpoint(config.distill.base, config.family)))
+    start = models.base_checkpoint(config.distill.base, config.family)
+    families.check_base(config.family, models.read_config(start))
+    trunk_steps = round(config.distill.steps * config.distill.trunk_share)
+    if trunk_steps and not (bases / "trunk").is_dir():
+        _check_memory(config, start, proxies)
     if not (bases / "corpus.jsonl").is_file():
         write_corpus(build_corpus(config, make_splits(config), proxies, work), bases / "corpus.jsonl")
     corpus = read_corpus(bases / "corpus.jsonl")
 
-    start = models.base_checkpoint(config.distill.base, config.family)
-    trunk_steps = round(config.distill.steps * config.distill.trunk_share)
     branch_steps = (config.distill.steps - trunk_steps) // config.experts
     if trunk_steps:
         trunk = {
@@ -61,6 +65,24 @@ def run(config: Config, inputs: dict[str, Path], out: Path, method: Callable[...
     ]  # fmt: skip
     losses = run_jobs(distill, jobs, config.jobs)
     return {"documents": len(corpus), "trunk_steps": trunk_steps, "steps_per_base": branch_steps, "losses": losses}
+
+
+def _check_memory(config: Config, start: Path, proxies: list[Path]) -> None:
+    """Refuses teachers that do not fit beside the trunk, before hours go into what they write."""
+    teachers = 0
+    for proxy in map(models.read_config, proxies):
+        half = models.resolve_precision(config.precision, proxy) == "bf16"
+        teachers += models.parameter_total(proxy) * (2 if half else 4)
+    tokens = config.data.max_chars // 3
+    trunk = models.estimate_training_bytes(models.read_config(start), "full", config.distill.batch_size, tokens)
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    if teachers + trunk > free:
+        raise InputError(
+            f"distilling takes about {trunk / 2**30:.1f} GiB of memory and its {len(proxies)} teachers {teachers / 2**30:.1f} GiB, "
+            f"{free / 2**30:.1f} GiB are free",
+            where="clustering.proxies", allowed=f"{config.experts} (one per expert) or more, as memory allows",
+            fix="fewer proxies or experts, or recipe=paper, which has one teacher at a time", code="too-little-memory",
+        )  # fmt: skip
 
 
 def _texts(config: Config, corpus: list[Document], k: int, has_trunk: bool) -> list[Document]:
