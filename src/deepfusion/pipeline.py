@@ -277,7 +277,7 @@ def _refuse_another_federation(manifest: dict[str, Any], stage: Stage, config: C
 def _check_feasible(config: Config, out: Path) -> None:
     """Refuse a run that cannot end well, for its base or for lack of disk or memory, before any work is lost."""
     base = models.read_config(models.base_checkpoint(config.distill.base, config.family))
-    families.moe_config(base, merge.layout(config))
+    moe = families.moe_config(base, merge.layout(config))
     weights = 4 * models.parameter_total(base)
     # K bases, a trunk, the merged MoE, its control and the tuned two, and the checkpoints of a training (weights, two moments).
     disk = (config.experts + 1) * weights + 4 * config.experts * weights + 6 * config.experts * weights
@@ -288,12 +288,17 @@ def _check_feasible(config: Config, out: Path) -> None:
     if torch.cuda.is_available():
         return
     tokens = config.data.max_chars // 3
-    memory = models.estimate_training_bytes(base, "full", config.distill.batch_size, tokens)
+    trained = {"distilling one base": (base, config.distill.batch_size)}
+    if config.tune.steps and config.tune.train_experts:
+        trained["tuning the MoE"] = moe, config.tune.batch_size
+    needed = {what: models.estimate_training_bytes(model, "full", size, tokens) for what, (model, size) in trained.items()}
+    what = max(needed, key=lambda what: needed[what])
     available = psutil.virtual_memory().available
-    if memory > available:
+    if needed[what] > available:
         raise InputError(
-            f"distilling one base takes about {memory / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are free",
-            where="distill.base", fix="a smaller base, distill.batch_size or data.max_chars", code="too-little-memory",
+            f"{what} takes about {needed[what] / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are free",
+            where="distill.base", fix="a smaller base or batch_size, fewer experts, or a smaller data.max_chars",
+            code="too-little-memory",
         )  # fmt: skip
 
 

@@ -61,6 +61,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "FFN that cannot be split": ({"merge": {"split": 7}}, "merge.split"),
     "layer that is not there": ({"merge": {"dense_layers": [9]}}, "merge.dense_layers"),
     "too little memory": ({"devices": [{"type": "{gpt2}", "data": "{finance}", "memory": "1MB"}] * 2}, "device d00"),
+    "too little memory for the MoE": ({"tune": {"batch_size": 10**8}}, "tuning the MoE takes about"),
     "no amount of memory": ({"devices": [{"type": "{gpt2}", "data": "{finance}", "memory": "plenty"}] * 2}, "plenty"),
 }
 
