@@ -84,22 +84,24 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
         *_each("fedkmt", as_published="distill.ce_weight=0.9 distill.beta=0.1", beta_3="distill.beta=3"),
         *_each("ofakd", beta_03="distill.beta=0.3", beta_3="distill.beta=3"),
     ),
-    "recipe": _two_schedules(
-        *_each(
-            "fused",
-            no_trunk="distill.trunk_share=0",
-            half_trunk="distill.trunk_share=0.5",
-            no_teachers_in_tune="tune.teachers=false",
-            frozen_experts="tune.train_experts=false",
-            plain_mean="clustering.average=uniform",
-            no_teachers="distill.alpha=0 distill.beta=0 distill.chunk_weight=0 tune.teachers=false",
-            moe_only="distill.steps=0 tune.steps=420",
-            moe_only_equal_flops="distill.steps=0 tune.steps=300",
-            long_tune_equal_flops="distill.steps=160 tune.steps=200",
-            trunk_only_equal_flops="distill.steps=480 tune.steps=0",  # its experts are equal: a dense model in the form of an MoE
-            twice_the_server="distill.steps=640 tune.steps=200",
-            four_times_the_server="distill.steps=1280 tune.steps=400",
-        )
+    "recipe": (
+        *_two_schedules(
+            *_each(
+                "fused",
+                no_trunk="distill.trunk_share=0",
+                half_trunk="distill.trunk_share=0.5",
+                no_teachers_in_tune="tune.teachers=false",
+                frozen_experts="tune.train_experts=false",
+                plain_mean="clustering.average=uniform",
+                no_teachers="distill.alpha=0 distill.beta=0 distill.chunk_weight=0 tune.teachers=false",
+                moe_only="distill.steps=0 tune.steps=420",
+                moe_only_equal_flops="distill.steps=0 tune.steps=300",
+                long_tune_equal_flops="distill.steps=160 tune.steps=200",
+                trunk_only_equal_flops="distill.steps=480 tune.steps=0",  # its experts are equal: a dense model in the form of an MoE
+                four_times_the_server="distill.steps=1280 tune.steps=400",
+            ),
+        ),
+        *_each("fused", twice_the_server="distill.steps=640 tune.steps=200"),
     ),
     "moe": _two_schedules(
         *_each(
