@@ -97,7 +97,7 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
                 moe_only="distill.steps=0 tune.steps=420",
                 moe_only_equal_flops="distill.steps=0 tune.steps=300",
                 long_tune_equal_flops="distill.steps=160 tune.steps=200",
-                trunk_only_equal_flops="distill.steps=480 tune.steps=0",  # its experts are equal: a dense model in the form of an MoE
+                trunk_only_equal_flops="distill.steps=480 tune.steps=0",  # its experts are equal: a dense model
                 four_times_the_server="distill.steps=1280 tune.steps=400",
             ),
         ),
