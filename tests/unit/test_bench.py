@@ -82,7 +82,7 @@ def test_ablations_are_listed(invoke: Callable[..., Any], monkeypatch: pytest.Mo
     assert {row["group"] for row in listed} == set(ABLATIONS)
     assert {"group": "vaa", "method": "fused", "variant": "no-features", "change": "distill.alpha=0"} in listed
     monkeypatch.setenv("COLUMNS", "150")
-    assert "distill.handover=0 distill.beta=0.3 tune.beta=0.3" in invoke("bench", "ablation").out
+    assert "distill.handover=0 distill.trunk_share=0.5" in invoke("bench", "ablation").out
 
 
 def test_a_stored_result_is_not_measured_again_unless_it_is_another_s(tmp_path: Path) -> None:

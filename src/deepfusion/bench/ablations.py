@@ -68,7 +68,7 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
         d_16="distill.vaa.width=16",
         d_256="distill.vaa.width=256",
     ),
-    "losses": _two_schedules(
+    "losses": (
         *_each(
             "paper", beta_0="distill.beta=0 distill.chunk_weight=0", beta_3="distill.beta=3", temperature_2="distill.temperature=2"
         ),
