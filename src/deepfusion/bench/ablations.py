@@ -103,15 +103,13 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
         ),
         *_each("fused", twice_the_server="distill.steps=640 tune.steps=200"),
     ),
-    "moe": _two_schedules(
-        *_each(
-            "fused",
-            prototype_router="merge.router=prototype",
-            top_1="top_k=1",
-            top_4="top_k=4",
-            no_shared="merge.shared_expert=none",
-            silent_shared="merge.shared_expert=zero",
-        )
+    "moe": _each(
+        "fused",
+        prototype_router="merge.router=prototype",
+        top_1="top_k=1",
+        top_4="top_k=4",
+        no_shared="merge.shared_expert=none",
+        silent_shared="merge.shared_expert=zero",
     ),
     # The same care for all: learning rates of every method around the case's own, 2e-3.
     "learning-rates": (
@@ -140,17 +138,14 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
         four_times_the_rate="tune.learning_rate=0.008",
         answers_only="data.prompt_loss_weight=0",
     ),
-    "clusters": (
-        *_two_schedules(
-            *_each(
-                "fused",
-                random_clusters="clustering.assignment=random",
-                K_3="experts=3",
-                K_8="experts=8",
-                proxy_per_device="experts=16",
-            )
-        ),
-        *_each("fused", proxies_16="clustering.proxies=16", proxies_32="clustering.proxies=32"),
+    "clusters": _each(
+        "fused",
+        random_clusters="clustering.assignment=random",
+        K_3="experts=3",
+        K_8="experts=8",
+        proxy_per_device="experts=16",
+        proxies_16="clustering.proxies=16",
+        proxies_32="clustering.proxies=32",
     ),
     "public": (
         *_each(
