@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -385,6 +386,18 @@ def estimate_training_bytes(
     logits = [4 * min(batch_size * max_tokens * vocabulary, BLOCK_ELEMENTS)] * 3
     activations = sum(size * (FRAGMENTATION if size <= HEAP_LIMIT else 1) for size in kept + logits)
     return round(RUNTIME_BYTES + 16 * trained + stored + 8 * largest + activations)
+
+
+def require_memory(needed: int, what: str, *, where: str, fix: str, allowed: str | None = None) -> None:
+    """Refuses work that does not fit into the memory that is free, on the GPU where there is one.
+
+    Raises:
+        InputError: `what` needs more bytes than are free (`too-little-memory`).
+    """
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    if needed > free:
+        what = f"{what} takes about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
+        raise InputError(what, where=where, allowed=allowed, fix=fix, code="too-little-memory")
 
 
 def parse_memory(memory: str | int) -> int:

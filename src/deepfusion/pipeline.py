@@ -288,18 +288,13 @@ def _check_feasible(config: Config, out: Path) -> None:
     if torch.cuda.is_available():
         return
     tokens = config.data.max_chars // 3
-    trained = {"distilling one base": (base, config.distill.batch_size)}
+    needed = models.estimate_training_bytes(base, "full", config.distill.batch_size, tokens)
+    fix = "a smaller base, distill.batch_size or data.max_chars"
+    models.require_memory(needed, "distilling one base", where="distill.base", fix=fix)
     if config.tune.steps and config.tune.train_experts:
-        trained["tuning the MoE"] = moe, config.tune.batch_size
-    needed = {what: models.estimate_training_bytes(model, "full", size, tokens) for what, (model, size) in trained.items()}
-    what = max(needed, key=lambda what: needed[what])
-    available = psutil.virtual_memory().available
-    if needed[what] > available:
-        raise InputError(
-            f"{what} takes about {needed[what] / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are free",
-            where="distill.base", fix="a smaller base or batch_size, fewer experts, or a smaller data.max_chars",
-            code="too-little-memory",
-        )  # fmt: skip
+        needed = models.estimate_training_bytes(moe, "full", config.tune.batch_size, tokens)
+        fix = "fewer experts, a smaller distill.base, tune.batch_size or data.max_chars"
+        models.require_memory(needed, "tuning the MoE", where="tune", fix=fix)
 
 
 def provenance() -> dict[str, Any]:

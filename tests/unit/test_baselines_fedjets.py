@@ -304,7 +304,9 @@ def test_the_learning_rate_is_one_cosine_over_all_rounds(zoo, settings, tmp_path
     finally:
         progress.attach(None)
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text("utf-8").splitlines()]
-    for name in sorted({row["unit"].split()[0] for row in rows}):
+    names = {row["unit"].split()[0] for row in rows}
+    assert len(names) == 5
+    for name in names:
         rounds = [[r["learning_rate"] for r in rows if r["unit"] == f"{name} round {number}"] for number in (1, 2, 3)]
         assert [max(rates) for rates in rounds] == pytest.approx([0.01, 0.0075, 0.0025])  # 1 + cos of 0, 60, 120 degrees
         assert [rates[-1] for rates in rounds] == pytest.approx([0.0075, 0.0025, 0], abs=3e-4)

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from deepfusion.bench.ablations import ABLATIONS, Variant, ablation_cells
+from deepfusion.bench.ablations import ABLATIONS, Variant, ablation_cells, row_cell
 from deepfusion.bench.cells import CASES, Cell, run_cells, stored
 from deepfusion.bench.plots import write_plots
-from deepfusion.bench.tables import page
+from deepfusion.bench.tables import page, row_name
 from deepfusion.config import RECIPES
 from deepfusion.errors import InputError
 from deepfusion.models import model_config
@@ -47,10 +47,10 @@ def test_variants_do_not_share_a_result() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.method}-{v.name}")
 def test_every_variant_changes_a_config_that_is_valid(variant: Variant) -> None:
-    cells = [Cell(case, 16, 0, variant.method, variant.name, variant.shared, variant.own) for case in CASES]
+    cells = [variant.cell(case, 16, 0) for case in CASES]
     named = {(v.method, v.name): v for v in VARIANTS}
     against = named[variant.method, variant.against] if variant.against else Variant(variant.method, "")
-    plain = [Cell(case, 16, 0, variant.method, shared=against.shared) for case in CASES]
+    plain = [against.cell(case, 16, 0) for case in CASES]
     recipe = [f"recipe={variant.method}"] if variant.method in RECIPES else []
     changed = [cell.config(*recipe, *cell.own) for cell in cells]
     assert changed != [cell.config(*recipe, *against.own) for cell in plain]
@@ -95,11 +95,9 @@ def test_a_stored_result_is_not_measured_again_unless_it_is_another_s(tmp_path: 
 
 
 def test_every_committed_result_is_the_one_its_cell_asks_for() -> None:
-    variants = {(variant.method, variant.name): variant for variant in VARIANTS}
     for path in RESULTS.glob("*.json"):
         row = json.loads(path.read_text("utf-8"))
-        variant = variants.get((row["method"], row["variant"]), Variant(row["method"], ""))
-        cell = Cell(row["case"], row["devices"], row["seed"], variant.method, variant.name, variant.shared, variant.own)
+        cell = row_cell(row_name(row), row["case"], row["devices"], row["seed"])
         assert cell.name == path.stem
         assert stored(cell, RESULTS) == row
 

@@ -12,7 +12,7 @@ expert, keep training theirs whatever the gate says, or a young gate sends every
   each layer, and a choice is made layer by layer; the public weights in the start play the part of the common expert.
 - The source takes anchors of known, distinct data. A server knows no such thing: a draft on the untrained gate finds them,
   and spreads the experts evenly in the first round.
-- The source says nothing of schedules. One over all rounds does better than one in each, as one over two trainings does in ours.
+- The learning-rate schedule, one over all rounds, which does better than one in each. Every round warms up to its part of it.
 - The source adds a loss that draws the gate of an anchor to its expert. Here a load balance is all there is beside L_CE.
 - Choosing needs the global gate at all layers. What that costs a device in downloads and computing is not counted.
 """

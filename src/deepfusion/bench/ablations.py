@@ -23,6 +23,10 @@ class Variant:
     shared: tuple[str, ...] = ()
     against: str = ""
 
+    def cell(self, case: str, devices: int, seed: int, given: tuple[str, ...] = ()) -> Cell:
+        """Its cell; `given` overrides hold for devices and server."""
+        return Cell(case, devices, seed, self.method, self.name, (*given, *self.shared), self.own)
+
 
 def _each(method: str, **changes: str) -> tuple[Variant, ...]:
     return tuple(Variant(method, name.replace("_", "-"), tuple(change.split())) for name, change in changes.items())
@@ -193,8 +197,8 @@ _KNOWN = {(variant.method, variant.name): variant for group in ABLATIONS.values(
 def row_cell(name: str, case: str, devices: int, seed: int, given: tuple[str, ...] = ()) -> Cell:
     """The cell of a row of the tables: `name` is a method or, with a slash, one of its variants; `given` holds for all."""
     method, _, variant = name.partition("/")
-    found = _KNOWN.get((method, variant), Variant(method, ""))
-    return Cell(case, devices, seed, method, variant, (*given, *found.shared), found.own)
+    found = _KNOWN[method, variant] if variant else Variant(method, "")
+    return found.cell(case, devices, seed, given)
 
 
 def ablation_cells(
@@ -225,7 +229,4 @@ def ablation_cells(
             raise InputError(f"there is no variant {name}", where=", ".join(groups), allowed=allowed, code="unknown-ablation")
     variants = [variant for variant in variants if only is None or variant.name in only]
     compared = [_KNOWN.get((v.method, v.against), Variant(v.method, "")) for v in variants]
-    return [
-        Cell(case, devices, seed, v.method, v.name, (*given, *v.shared), v.own)
-        for seed in seeds for v in dict.fromkeys((*compared, *variants))
-    ]  # fmt: skip
+    return [v.cell(case, devices, seed, given) for seed in seeds for v in dict.fromkeys((*compared, *variants))]

@@ -20,7 +20,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, get_args
 
-import psutil
 import torch
 from jinja2 import Environment, PackageLoader
 from peft import LoraConfig, get_peft_model
@@ -292,10 +291,7 @@ def trained_peaks(configs: dict[str, PretrainedConfig], work: Path, batch: int, 
         InputError: the largest needs more memory than is free.
     """
     needed = max(models.estimate_training_bytes(config, "full", batch, tokens) for config in configs.values())
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-    if needed > free:
-        what = f"the largest training takes about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
-        raise InputError(what, where="bench costs", fix="leave out --measure", code="too-little-memory")
+    models.require_memory(needed, "the largest training", where="bench costs", fix="leave out --measure")
     try:
         # A fresh process for each: what the C library has once taken it does not give back.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:

@@ -167,7 +167,7 @@ def case_tables(rows: list[Row]) -> str:
         if any(row_name(row) == ours for row in rows):
             parts += [
                 f"{ROWS[ours]}, against each method, same seed, same devices: log-perplexity of the method less its own, "
-                f"so above 0 it is better than the method (for other tokenizers, marked *, bits per byte):",
+                "so above 0 it is better than the method (for other tokenizers, marked *, bits per byte):",
                 _paired(rows, counts, ours),
             ]
     parts += [_bounds(rows, counts), _from_the_paper(case)]
@@ -383,7 +383,7 @@ def _budgets(rows: list[Row]) -> str:
         return ""
     note = (
         "Counted by the runs, means over seeds. FLOPs: 6 for each weight that works on a token of what is trained, "
-        "2 for each that works on one of a teacher."
+        "2 for each that works on one of a teacher. What proxies compute to be matched with texts and to write some is not counted."
     )
     return "\n".join([f"## Budgets\n\n{note}\n", *lines])
 

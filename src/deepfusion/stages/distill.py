@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -20,7 +19,6 @@ from deepfusion.config import Config
 from deepfusion.corpus import Document, build_corpus, read_corpus, reading_periods, write_corpus
 from deepfusion.data import make_splits, reading_order
 from deepfusion.distillation import Collator, Distiller, LossWeights, Teacher
-from deepfusion.errors import InputError
 from deepfusion.jobs import run_jobs
 from deepfusion.metrics import context_limit
 from deepfusion.training import train
@@ -75,14 +73,11 @@ def _check_memory(config: Config, start: Path, proxies: list[Path]) -> None:
         teachers += models.parameter_total(proxy) * (2 if half else 4)
     tokens = config.data.max_chars // 3
     trunk = models.estimate_training_bytes(models.read_config(start), "full", config.distill.batch_size, tokens)
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-    if teachers + trunk > free:
-        raise InputError(
-            f"distilling takes about {trunk / 2**30:.1f} GiB of memory and its {len(proxies)} teachers {teachers / 2**30:.1f} GiB, "
-            f"{free / 2**30:.1f} GiB are free",
-            where="clustering.proxies", allowed=f"{config.experts} (one per expert) or more, as memory allows",
-            fix="fewer proxies or experts, or recipe=paper, which has one teacher at a time", code="too-little-memory",
-        )  # fmt: skip
+    models.require_memory(
+        teachers + trunk, f"distilling the trunk from {len(proxies)} teachers at once", where="clustering.proxies",
+        allowed=f"{config.experts} (one per expert) or more, as memory allows",
+        fix="fewer proxies or experts, or recipe=paper, which has one teacher at a time",
+    )  # fmt: skip
 
 
 def _texts(config: Config, corpus: list[Document], k: int, has_trunk: bool) -> list[Document]:
