@@ -152,13 +152,14 @@ class Alignment:
     single: np.ndarray
 
 
-def align_offsets(student_offsets: np.ndarray, teacher_offsets: np.ndarray) -> Alignment:
+def align_offsets(student_offsets: np.ndarray, teacher_offsets: np.ndarray, apart: Sequence[int] = ()) -> Alignment:
     """Find the boundaries that two tokenizations of one text share.
 
     Args:
         student_offsets: integers [Ts, 2], `[start, end)` of each token in characters, without padding; special tokens
             have zero width, a zero-width last token is taken for end-of-sequence.
         teacher_offsets: the same for the teacher, [Tt, 2]. Either sequence may be truncated.
+        apart: characters where the two sides have read different marks, so that the chunks that begin there are not `single`.
 
     The chunk at the start of the text is never `single`: metaspace tokenizers put a space there which is not in the
     text, so "▁The" and "The" are different tokens with different alternatives.
@@ -167,7 +168,7 @@ def align_offsets(student_offsets: np.ndarray, teacher_offsets: np.ndarray) -> A
     teacher_ends, teacher_tokens = _boundaries(np.asarray(teacher_offsets))
     ends, in_student, in_teacher = np.intersect1d(student_ends, teacher_ends, assume_unique=True, return_indices=True)
     student, teacher = student_tokens[in_student], teacher_tokens[in_teacher]
-    single = (np.diff(student) == 1) & (np.diff(teacher) == 1) & (ends[:-1] > 0)
+    single = (np.diff(student) == 1) & (np.diff(teacher) == 1) & (ends[:-1] > 0) & ~np.isin(ends[:-1], apart)
     return Alignment(student, teacher, single)
 
 

@@ -189,9 +189,9 @@ def evaluate(
     """Log-perplexity, perplexity, bits per byte, token and multiple-choice accuracy on held-out text, judged answers."""
     from deepfusion import models
     from deepfusion.metrics import evaluate_model
-    from deepfusion.sources import load_source
+    from deepfusion.sources import load_rows
 
-    examples = load_source(data)
+    examples = load_rows(data)
     referee = None
     if judge is not None:
         from deepfusion.judge import Judge, answer_all, open_questions, parse_prices
@@ -276,9 +276,9 @@ def device_plan(
 ) -> None:
     """Which model types and training methods fit into this device's memory, with the estimate."""
     from deepfusion import models
-    from deepfusion.sources import read_jsonl
+    from deepfusion.sources import load_rows
 
-    longest = max(len(e.text) for e in read_jsonl(text)) if text is not None else None
+    longest = max(len(e.text) for e in load_rows(str(text))) if text is not None else None
     names = types or [name for name in models.PRESETS if not name.startswith(("tiny-qwen", "tiny-deepseek"))]
     plan = models.plan(models.parse_memory(memory), names, batch_size=batch_size, text=longest, precision="auto")
     if json_:

@@ -22,6 +22,7 @@ from deepfusion.errors import InputError
 from deepfusion.jobs import run_jobs
 from deepfusion.metrics import bits_per_byte_of_each, context_limit
 from deepfusion.models import load_model, load_tokenizer
+from deepfusion.rows import from_row, to_row
 
 SAMPLE_BATCH = 64
 
@@ -103,10 +104,10 @@ def reading_periods(documents: list[Document], sampled_share: float) -> list[int
 def write_corpus(documents: list[Document], path: Path) -> None:
     """JSONL, one document a line: the data format of the project plus `teacher` and `source`."""
     rows = [
-        {"prompt": d.example.prompt, "completion": d.example.completion, "domain": d.example.domain, "teacher": d.teacher,
-         "source": d.source}
+        {key: value for key, value in to_row(d.example).items() if key not in ("options", "answer")}
+        | {"teacher": d.teacher, "source": d.source}
         for d in documents
-    ]  # fmt: skip
+    ]
     temporary = path.with_suffix(".part")
     temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     os.replace(temporary, path)
@@ -118,7 +119,7 @@ def read_corpus(path: Path) -> list[Document]:
     for line in path.read_text("utf-8").split("\n"):
         if line:
             row = json.loads(line)
-            documents.append(Document(Example(row["prompt"], row["completion"], row["domain"]), row["source"], row["teacher"]))
+            documents.append(Document(from_row(row), row["source"], row["teacher"]))
     return documents
 
 

@@ -6,24 +6,19 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from deepfusion import progress
+from deepfusion.chat import chat_template, places, render
 from deepfusion.config import Config, DeviceSpec
 from deepfusion.errors import InputError
-from deepfusion.sources import (
-    Example,
-    choose,
-    expand_source,
-    load_source,
-    read_jsonl,
-    shuffled,
-    unique,
-    write_jsonl,
-)
+from deepfusion.rows import Example, Turn, conversation
+from deepfusion.sources import choose, expand_source, load_source, shuffled, unique, write_jsonl
 
 __all__ = [
     "Encoded",
@@ -34,7 +29,7 @@ __all__ = [
     "make_splits",
     "overlap",
     "partition",
-    "read_jsonl",
+    "prompt_ids",
     "reading_order",
     "windows",
     "write_jsonl",
@@ -56,25 +51,71 @@ def windows(example: Example, max_chars: int) -> list[Example]:
 
     A short completion keeps the end of its prompt in one window. A completion of more than half a window is cut into
     consecutive windows, the first with the end of the prompt in at most half of it, the others without a prompt. The
-    completions of the windows make up the whole completion. Options survive where there is one window.
+    completions of the windows make up the whole completion. Options survive where there is one window. A conversation is cut
+    between its exchanges.
+
+    Raises:
+        InputError: windows of less than two characters.
     """
+    if max_chars < 2:
+        raise InputError(f"max_chars={max_chars}", allowed="2 or more", code="bad-value")
     if len(example.text) <= max_chars:
         return [example]
+    if example.turns:
+        return _chat_windows(example, max_chars)
     prompt, completion, domain = example.prompt, example.completion, example.domain
     if len(completion) <= max_chars // 2:
         prompt = _prompt_end(prompt, max_chars - len(completion))
         return [Example(prompt, completion, domain, example.options, example.answer)]
     prompt = _prompt_end(prompt, max_chars // 2)
-    cut = []
-    while completion:
-        room = max_chars - len(prompt)
-        end = len(completion)
-        if end > room:
-            breaks = [index for index in range(1, room + 1) if completion[index].isspace()]
-            end = breaks[-1] if breaks else room
-        cut.append(Example(prompt, completion[:end], domain))
-        prompt, completion = "", completion[end:]
-    return cut if len(cut) > 1 else [Example(cut[0].prompt, cut[0].completion, domain, example.options, example.answer)]
+    pieces = _cut_text(completion, max_chars - len(prompt), max_chars)
+    if len(pieces) == 1:
+        return [Example(prompt, completion, domain, example.options, example.answer)]
+    return [Example(prompt, pieces[0], domain), *(Example("", piece, domain) for piece in pieces[1:])]
+
+
+def _cut_text(text: str, first: int, room: int) -> list[str]:
+    """Pieces of at most `room` characters, the first of at most `first`, each but the first from a white space if there is one."""
+    pieces, start, size = [], 0, first
+    while len(text) - start > size:
+        end = next((index for index in range(start + size, start, -1) if text[index].isspace()), start + size)
+        pieces.append(text[start:end])
+        start, size = end, room
+    return [*pieces, text[start:]]
+
+
+def _chat_windows(example: Example, max_chars: int) -> list[Example]:
+    """As many exchanges as fit in each window: an exchange ends with a learned turn, and every learned turn is in one window.
+
+    Of an exchange that does not fit, the end of what was said last before it and the beginning of the learned turn make one
+    window, and the rest of that turn plain texts.
+    """
+    cut: list[Example] = []
+    kept: list[Turn] = []
+    exchange: list[Turn] = []
+    for turn in example.turns:
+        exchange.append(turn)
+        if not turn.learned:
+            continue
+        if kept and len(conversation(kept + exchange, example.domain).text) > max_chars:
+            cut.append(conversation(kept, example.domain))
+            kept = []
+        kept += exchange
+        if len(conversation(kept, example.domain).text) > max_chars:
+            cut += _long_exchange(exchange, example.domain, max_chars)
+            kept = []
+        exchange = []
+    return [*cut, conversation(kept, example.domain)] if kept else cut
+
+
+def _long_exchange(exchange: list[Turn], domain: str, max_chars: int) -> list[Example]:
+    *before, answer = exchange
+    labels = len(answer.label) + 1 + sum(len(turn.label) + 2 for turn in before[-1:])
+    room = max(max_chars - labels, 2)
+    asked = [turn._replace(content=_prompt_end(turn.content, max(room - len(answer.content), room // 2))) for turn in before[-1:]]
+    pieces = _cut_text(answer.content, room - sum(len(turn.content) for turn in asked), max_chars)
+    first = conversation([*asked, answer._replace(content=pieces[0])], domain)
+    return [first, *(Example("", piece, domain) for piece in pieces[1:])]
 
 
 def _prompt_end(prompt: str, room: int) -> str:
@@ -131,15 +172,19 @@ def make_splits(config: Config) -> Splits:
     public: list[Example] = []
     kept: dict[str, list[Example]] = {}
     for source in dict.fromkeys([*common, *(part for parts in own.values() for part in parts)]):
-        found = unique(load_source(source, data.limit, seed), without=taken)
+        given = load_source(source, data.limit, seed)
+        found = unique(given, without=taken)
+        if len(found) < len(given):
+            what = f"{len(given) - len(found)} of {len(given)} documents are left out: in the test text or in an earlier source"
+            progress.say_once(f"[data] {source}: {what}")
         taken |= {example.id for example in found}
-        counts = _split_counts(len(found), config)
-        if len(found) < sum(counts) + 1:
+        counts = _split_counts(len({example.id for example in found}), config)
+        texts = [*_alike(found, seed)]
+        if len(texts) < sum(counts) + 1:
             raise InputError(f"{len(found)} new documents are too few to split", where=source, code="too-few-documents")
-        order = shuffled(found, seed, "split")
-        test += order[: counts[0]]
-        public += order[counts[0] : sum(counts)]
-        kept[source] = order[sum(counts) :]
+        test += chain(*texts[: counts[0]])
+        public += chain(*texts[counts[0] : sum(counts)])
+        kept[source] = [*chain(*texts[sum(counts) :])]
     parts = _deal(devices, own, common, kept, config)
     private, held_out = {}, {}
     for device, documents in parts.items():
@@ -147,6 +192,14 @@ def make_splits(config: Config) -> Splits:
         order = shuffled(documents, seed, "held_out")
         held_out[device], private[device] = order[:count], order[count:]
     return Splits(private, held_out, *_server_text(config, public, test), test, devices)
+
+
+def _alike(examples: list[Example], seed: int) -> Iterable[list[Example]]:
+    """In an order by seed the examples of each id, which differ in case and white space alone: they stay on one side of a split."""
+    groups: dict[str, list[Example]] = {}
+    for example in shuffled(examples, seed, "split"):
+        groups.setdefault(example.id, []).append(example)
+    return groups.values()
 
 
 def _expand(sources: Iterable[str]) -> list[str]:
@@ -318,11 +371,13 @@ class Encoded(NamedTuple):
         input_ids: int64 [T].
         offsets: int32 [T, 2], the characters of `example.text` that a token stands for; equal ends for marks.
         weights: float32 [T], the loss weight of each token as a target.
+        template: the chat template that wrote the text; empty for plain text.
     """
 
     input_ids: np.ndarray
     offsets: np.ndarray
     weights: np.ndarray
+    template: str = ""
 
 
 def encode(
@@ -332,34 +387,76 @@ def encode(
     max_tokens: int | None = None,
     add_end: bool = True,
 ) -> Encoded:
-    """Tokenize prompt and completion as one text, with a start mark and, by default, an end mark.
+    """Tokenize a document as one text, with a start mark and, by default, an end mark.
 
-    The start mark (BOS, else EOS) weighs 0, completion tokens and the end mark 1, prompt tokens `prompt_weight`. A
-    token that straddles the border belongs to the completion. Longer sequences than `max_tokens` are cut on the right.
+    The start mark (BOS, else EOS) weighs 0, what is learned and the end mark 1, all else `prompt_weight`. A token that
+    straddles the border belongs to what is learned. Longer sequences than `max_tokens` are cut on the right.
+
+    A conversation is read as the tokenizer's own chat template writes it, where it has one; the marks are then the template's,
+    and every learned turn ends with one.
 
     Raises:
-        InputError: no character offsets (a slow tokenizer), or no special token to mark start and end.
+        InputError: no character offsets (a slow tokenizer), no special token to mark start and end, or turns that the chat
+            template cannot write.
     """
     where = tokenizer.name_or_path
     if not tokenizer.is_fast:
         what = "the tokenizer gives no character offsets"
         raise InputError(what, where=where, allowed="fast tokenizers", code="slow-tokenizer")
+    if example.turns and chat_template(tokenizer):
+        encoded = _encode_chat(tokenizer, example, prompt_weight, add_end)
+    else:
+        encoded = _encode_plain(tokenizer, example, prompt_weight, add_end)
+    return Encoded(*(column[:max_tokens] for column in encoded[:3]), template=encoded.template)
+
+
+def _encode_plain(tokenizer: PreTrainedTokenizerBase, example: Example, prompt_weight: float, add_end: bool) -> Encoded:
     end_mark = tokenizer.eos_token_id
     start_mark = end_mark if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start_mark is None or (add_end and end_mark is None):
-        raise InputError("the tokenizer has no end-of-text token", where=where, code="no-end-token")
+        raise InputError("the tokenizer has no end-of-text token", where=tokenizer.name_or_path, code="no-end-token")
     text = example.text
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
-    ids, offsets = [start_mark, *tokens["input_ids"]], [(0, 0), *tokens["offset_mapping"]]
-    border = len(example.prompt)
-    weights = [0.0, *(1.0 if end > border else prompt_weight for _, end in tokens["offset_mapping"])]
+    marks = [(0, 0)], [(len(text), len(text))] if add_end else []
+    ids = [start_mark, *tokens["input_ids"], *([end_mark] if add_end else [])]
+    offsets = np.array([*marks[0], *tokens["offset_mapping"], *marks[1]], np.int32).reshape(-1, 2)
+    weights = np.full(len(ids), prompt_weight, np.float32)
+    for start, end in example.learned:
+        weights[(offsets[:, 1] > start) & ((offsets[:, 0] < end) | (offsets[:, 1] == end))] = 1.0
+    weights[0] = 0.0
     if add_end:
-        ids, offsets, weights = [*ids, end_mark], [*offsets, (len(text), len(text))], [*weights, 1.0]
-    return Encoded(
-        np.array(ids[:max_tokens], np.int64),
-        np.array(offsets[:max_tokens], np.int32).reshape(-1, 2),
-        np.array(weights[:max_tokens], np.float32),
-    )
+        weights[-1] = 1.0
+    return Encoded(np.array(ids, np.int64), offsets, weights)
+
+
+def _encode_chat(tokenizer: PreTrainedTokenizerBase, example: Example, prompt_weight: float, add_end: bool) -> Encoded:
+    rendered = render(tokenizer, example)
+    tokens = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
+    begins, ends = np.array(tokens["offset_mapping"], np.int64).reshape(-1, 2).T
+    starts_at, ends_at = places(example, rendered)
+    first = starts_at[np.minimum(begins, len(starts_at) - 1)]
+    last = np.maximum(ends_at[np.maximum(ends - 1, 0)], first)
+    weights = np.full(len(begins), prompt_weight, np.float32)
+    kept = len(begins)
+    for turn, (start, end), (_, stop) in zip(example.turns, rendered.spans, example.contents, strict=True):
+        inside = (ends > start) & (begins < end)
+        last[inside] = np.minimum(last[inside], stop)  # a token that runs into what the template writes next
+        after = int(np.searchsorted(begins, end))  # the mark that ends the turn
+        if turn.learned:
+            weights[inside] = 1.0
+            weights[after : after + 1] = 1.0 if add_end else prompt_weight
+            kept = after + add_end
+    ids = np.array(tokens["input_ids"], np.int64)[:kept]
+    return Encoded(ids, np.stack([first, last], 1).astype(np.int32)[:kept], weights[:kept], chat_template(tokenizer) or "")
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
+    """Tokens of all that stands before the last completion, with the start mark, for a model to go on from."""
+    if example.turns and chat_template(tokenizer):
+        rendered = render(tokenizer, example)
+        return list(tokenizer(rendered.text[: rendered.spans[-1][0]], add_special_tokens=False, verbose=False).input_ids)
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return [start, *tokenizer(example.prompt, add_special_tokens=False, verbose=False).input_ids]
 
 
 def training_steps(steps: int, epochs: float | None, documents: int, batch_size: int) -> int:

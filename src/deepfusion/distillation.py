@@ -17,13 +17,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepfusion import families
-from deepfusion.align import AlignedBatch, SharedVocabulary, align_offsets, collate, identity_alignment, shared_vocabulary
+from deepfusion.align import (
+    AlignedBatch,
+    Alignment,
+    SharedVocabulary,
+    align_offsets,
+    collate,
+    identity_alignment,
+    shared_vocabulary,
+)
 from deepfusion.config import VAASection
 from deepfusion.corpus import Document
 from deepfusion.data import Encoded, encode
 from deepfusion.losses import Projection, TokenLosses, distillation_losses, load_balance
 from deepfusion.metrics import context_limit
 from deepfusion.models import load_model, load_tokenizer
+from deepfusion.rows import Example
 from deepfusion.vaa import ViewAlignedAttention, span_pooling, stage_ends
 
 
@@ -117,11 +126,9 @@ class Collator:
             return Group(None, sampled, index, collate(alignments, weights, length, length))
         guide = self.teachers[teacher]
         limit = context_limit(guide.model)
-        theirs = [encode(guide.tokenizer, documents[row].example, 0.0, limit) for row in rows]
-        if guide.vocabulary.identical:
-            alignments = [identity_alignment(min(len(e.input_ids), len(t.input_ids))) for e, t in zip(own, theirs, strict=True)]
-        else:
-            alignments = [align_offsets(e.offsets, t.offsets) for e, t in zip(own, theirs, strict=True)]
+        examples = [documents[row].example for row in rows]
+        theirs = [encode(guide.tokenizer, example, 0.0, limit) for example in examples]
+        alignments = [_alignment(guide, *read) for read in zip(examples, own, theirs, strict=True)]
         teacher_ids, teacher_mask = _pad([t.input_ids for t in theirs], guide.tokenizer)
         group = Group(
             teacher, sampled, index, collate(alignments, weights, length, teacher_ids.shape[1]), teacher_ids, teacher_mask
@@ -257,6 +264,15 @@ def _decode(model: PreTrainedModel, input_ids: Tensor, mask: Tensor, every_layer
 
 def _named(losses: TokenLosses) -> dict[str, Tensor]:
     return losses._asdict()
+
+
+def _alignment(teacher: Teacher, example: Example, own: Encoded, theirs: Encoded) -> Alignment:
+    """A document as the student has read it with the same as the teacher has; a conversation in the words of two chat templates."""
+    if own.template != theirs.template:
+        return align_offsets(own.offsets, theirs.offsets, [start - 1 for start, _ in example.contents])
+    if teacher.vocabulary.identical:
+        return identity_alignment(min(len(own.input_ids), len(theirs.input_ids)))
+    return align_offsets(own.offsets, theirs.offsets)
 
 
 def _end(encoded: Encoded) -> int:

@@ -28,6 +28,10 @@ class InputError(Exception):
             parts.append(f"fix: {self.fix}")
         return "; ".join(" ".join(part.split()) for part in parts) + f" [{self.code}]"
 
+    def at(self, where: object) -> InputError:
+        """The same error at another place."""
+        return InputError(self.what, where=where, allowed=self.allowed, fix=self.fix, code=self.code)
+
     def __reduce__(self) -> tuple:
         # Keyword-only arguments are lost by the default reduction, and errors cross process borders.
         return _rebuild, (self.what, self.where, self.allowed, self.fix, self.code)

@@ -22,7 +22,8 @@ from urllib.parse import urlsplit
 
 from deepfusion import progress
 from deepfusion.errors import InputError
-from deepfusion.sources import Example, choose
+from deepfusion.rows import Example
+from deepfusion.sources import choose
 
 if TYPE_CHECKING:  # Scoring needs no model framework.
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,18 +83,18 @@ def answer_all(
     """
     import torch
 
+    from deepfusion.data import prompt_ids
     from deepfusion.metrics import context_limit
 
     limit = context_limit(model) or CONTEXT_TOKENS
     most = min(max_tokens, limit // 2)
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     training, generate = model.training, cast("Any", model).generate
     model.eval()
     answers: list[Answer] = []
     for first in range(0, len(questions), batch_size):
         batch = questions[first : first + batch_size]
-        texts = [tokenizer(q.prompt, add_special_tokens=False, verbose=False).input_ids for q in batch]
-        rows = [[start, *ids[-(limit - most - 1) :]] for ids in texts]
+        asked = [prompt_ids(tokenizer, question) for question in batch]
+        rows = [[found[0], *found[1:][-(limit - most - 1) :]] for found in asked]
         ids, mask = (torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long) for _ in range(2))
         for i, row in enumerate(rows):  # on the left, so that every prompt ends where its answer begins
             ids[i, -len(row) :] = torch.tensor(row)

@@ -29,7 +29,7 @@ class _Row:
 
     input_ids: np.ndarray
     counted: np.ndarray
-    size: int  # UTF-8 bytes of the completion
+    size: int  # UTF-8 bytes of what counts
     nats: float = 0.0
     correct: int = 0
 
@@ -157,14 +157,15 @@ def _windows(
             # Cutting the text again, rather than the tokens, keeps the measured text the same for every model.
             yield from _windows(tokenizer, window, min(max_chars, len(window.text)) // 2, limit, choices)
         else:
-            rows = [_row(one, text, limit) for one, text in zip(encoded, completions, strict=True)]
+            sizes = [len(text.encode()) for text in options] or [window.learned_bytes]
+            rows = [_row(one, size, limit) for one, size in zip(encoded, sizes, strict=True)]
             yield _Window(window.domain, rows, answer)
 
 
-def _row(encoded: Encoded, completion: str, limit: int | None) -> _Row:
+def _row(encoded: Encoded, size: int, limit: int | None) -> _Row:
     counted = encoded.weights > 0
     counted[:1] = False  # Nothing stands before the first token that could predict it.
-    return _Row(encoded.input_ids[:limit], counted[:limit], len(completion.encode()))
+    return _Row(encoded.input_ids[:limit], counted[:limit], size)
 
 
 def _batches(rows: Sequence[_Row], batch_size: int, vocabulary: int) -> Iterator[list[_Row]]:

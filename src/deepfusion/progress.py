@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 
 _folder: Path | None = None
+_said: set[str] = set()
 
 
 def attach(folder: Path | None) -> None:
@@ -31,6 +32,13 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
     if _folder is not None:
         _append(_folder / "log.txt", f"{time.strftime('%H:%M:%S')} {message}")
+
+
+def say_once(message: str) -> None:
+    """A line that this process says once, however often it comes about."""
+    if message not in _said:
+        _said.add(message)
+        say(message)
 
 
 def record(stage: str, unit: str, step: int, total_steps: int, values: dict[str, float]) -> None:

@@ -40,7 +40,7 @@ from deepfusion.config import Config, load_config, parse_config
 from deepfusion.corpus import Document
 from deepfusion.errors import InputError
 from deepfusion.families import FAMILIES, is_expert_name
-from deepfusion.sources import Example
+from deepfusion.rows import Example
 from deepfusion.stages import merge
 
 # A Qwen2Moe without shared experts has empty weights, which torch remarks on.

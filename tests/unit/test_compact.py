@@ -21,7 +21,7 @@ from deepfusion.compact import BLOCK, decode, encode, open_base, pack, stored_te
 from deepfusion.config import Config, DeviceSpec, Encoding, parse_config
 from deepfusion.data import write_jsonl
 from deepfusion.errors import InputError
-from deepfusion.sources import Example
+from deepfusion.rows import Example
 from deepfusion.stages import evaluate
 from deepfusion.stages.device import train_device
 from deepfusion.upload import check_upload

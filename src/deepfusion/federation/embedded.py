@@ -23,7 +23,7 @@ from deepfusion.federation.offer import Offer
 from deepfusion.federation.server_app import app
 from deepfusion.jobs import run_jobs
 from deepfusion.pipeline import STAGES, Stage
-from deepfusion.sources import Example
+from deepfusion.rows import Example
 
 
 @dataclass

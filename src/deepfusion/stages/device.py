@@ -24,7 +24,8 @@ from deepfusion.embedding import embed
 from deepfusion.errors import InputError
 from deepfusion.jobs import run_jobs
 from deepfusion.metrics import context_limit, evaluate_model
-from deepfusion.sources import Example, read_jsonl, shuffled, unique
+from deepfusion.rows import Example
+from deepfusion.sources import load_source, shuffled
 from deepfusion.training import train
 
 
@@ -76,7 +77,7 @@ def train_alone(config: Config, data: Path, upload: Path, type: str | None, memo
     Raises:
         InputError: bad data, or nothing fits.
     """
-    documents = unique(read_jsonl(data))
+    documents = load_source(str(data))
     if len(documents) < 2:
         raise InputError("one document is not enough: one is held out", where=data, code="too-few-documents")
     if type is None:
