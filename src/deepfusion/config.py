@@ -312,7 +312,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
         key, separator, value = override.partition("=")
         if not separator or not key:
             raise InputError(f"--set {override} is not of the form key=value", allowed="--set tune.steps=100", code="bad-override")
-        _set(values, key.strip().split("."), _parse_scalar(value, override))
+        _set(values, key.strip().split("."), _parse_value(value, override))
     recipe = values.get("recipe", "fused")
     layered = _overlay(RECIPES[recipe], values) if isinstance(recipe, str) and recipe in RECIPES else values
     return parse_config(layered, path)
@@ -402,17 +402,28 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _parse_scalar(text: str, override: str) -> Any:
+def _parse_value(text: str, override: str) -> Any:
+    """The value of an override: YAML where it is quoted, a list, an object, a number, true, false or null; else the text itself.
+
+    A file may be called `a #1.jsonl`, `*.jsonl` or `notes: ward.jsonl`, of which YAML would make a comment, an alias or an object.
+    """
+    text = text.strip()
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise InputError(f"--set {override}: the value is not valid YAML", code="bad-override") from None
+        if text.startswith(("[", "{", '"', "'")):
+            raise InputError(f"--set {override}: the value is not valid YAML", code="bad-override") from None
+        return text
+    if text.startswith(("[", "{", '"', "'")):
+        return value
     if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text.
         try:
-            return float(value)
+            return float(text)
         except ValueError:
-            return value
-    return value
+            return text
+    if value is None:
+        return None if text.lower() in ("", "~", "null") else text
+    return value if isinstance(value, bool | int | float) else text
 
 
 def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:

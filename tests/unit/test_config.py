@@ -172,3 +172,12 @@ def test_any_values_end_in_a_config_or_one_line(values):
     else:
         assert len(str(found).splitlines()) == 1
         assert len(str(found)) < 1000
+
+
+@pytest.mark.parametrize(
+    "name", ["a #1.jsonl", "*.jsonl", "notes: ward.jsonl", "a: b", "&x", "%y", "@z", "- a", "2024-01-01", "!x", "|", "x # y", "a=b"]
+)
+def test_the_value_of_an_override_is_what_was_typed(name: str) -> None:
+    assert load_config(None, [f"data.private={name}"]).data.private == name
+    assert load_config(None, [f"data.private='{name}'"]).data.private == name
+    assert load_config(None, [f"data.private=['{name}', b]"]).data.private == [name, "b"]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from deepfusion import progress
 from deepfusion.config import Config
 from deepfusion.data import (
     Example,
@@ -222,6 +223,25 @@ def test_no_window_of_a_test_document_reaches_a_device_or_the_server(tmp_path: P
     others = [e for parts in (splits.private, splits.held_out) for part in parts.values() for e in part] + splits.public
     assert not {w.text for e in splits.test for w in windows(e, 128)} & {w.text for e in others for w in windows(e, 128)}
     assert overlap(splits.test, others) == 0.0
+
+
+def test_variants_in_case_and_spacing_are_kept_and_stay_on_one_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_said", set())
+    texts = [f"Poem number {number}" for number in range(60)]
+    variants = [text.upper() for text in texts[:20]] + [text.replace(" ", "\n") for text in texts[10:30]]
+    write_jsonl([Example("", text, "d") for text in [*texts, *variants]], tmp_path / "a.jsonl")
+    write_jsonl(
+        [Example("", text, "d") for text in ["another", "again", "Poem  number 3", *map(str, range(9))]], tmp_path / "b.jsonl"
+    )
+    splits = split(
+        {"private": [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], "test": 0.2, "public_fraction": 0.2}, devices=1
+    )
+    private = [*splits.private["d00"], *splits.held_out["d00"]]
+    assert len(splits.test) + len(splits.public) + len(private) == len(texts) + len(variants) + 11
+    assert not ids(splits.test) & (ids(private) | ids(splits.public))
+    assert "1 of 12 documents are left out: in the test text or in an earlier source" in capsys.readouterr().err
 
 
 def test_a_document_of_two_sources_belongs_to_the_first(tmp_path: Path) -> None:

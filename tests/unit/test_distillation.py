@@ -18,6 +18,7 @@ from deepfusion.data import Example, encode
 from deepfusion.distillation import Collator, Distiller, LossWeights, Teacher
 from deepfusion.errors import InputError
 from deepfusion.models import load_model, load_tokenizer
+from deepfusion.rows import Turn, conversation
 from deepfusion.stages import distill
 
 CPU = torch.device("cpu")
@@ -70,6 +71,37 @@ def test_a_teacher_equal_to_the_student_leaves_no_divergence(student_folder):
     found = step(module, collator, documents(0, 0, 0))
     assert found["kl"].abs() < 1e-5
     torch.testing.assert_close(found["loss"], found["ce"], atol=1e-4, rtol=0)
+
+
+CHAT = "{% for m in messages %}{{ eos_token + m['role'] + '\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+
+
+def chats(*teachers: int | None) -> list[Document]:
+    pairs = [("Why?", "The bank sold a ten year bond."), ("And the cook?", "Salted ripe tomatoes with olive oil.")]
+    turns = [turn for asked, said in pairs for turn in (Turn("user", asked), Turn("assistant", said, True))]
+    return [Document(conversation(turns[:end], "d"), "public", teacher) for end, teacher in zip((4, 2, 4), teachers, strict=False)]
+
+
+def test_conversations_are_read_by_student_and_teacher_each_in_its_own_template(zoo, student_folder, tmp_path):
+    def chatty(name: str, template: str | None = CHAT) -> Path:
+        folder = tmp_path / f"{name}-{template is not None}"
+        tokenizer = load_tokenizer(zoo[name])
+        tokenizer.chat_template = template
+        load_model(zoo[name]).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    weights = LossWeights(beta=1.0, chunk=1.0, alpha=0.1)
+    own = chatty("qwen3_moe")
+    module, collator = distiller(own, {0: own, 1: chatty("mini-gpt2"), 2: zoo["mini-llama"], 3: student_folder}, weights, VAA)
+    same = step(module, collator, chats(0, 0))
+    assert same["kl"].abs() < 1e-5  # one template: the same reading, so nothing differs
+    plain = step(module, collator, chats(3, 3))
+    assert plain["kl"] > 1e-4  # the same weights and tokens, but the teacher reads plain words
+    mixed = step(module, collator, chats(1, 2, None))
+    mixed["loss"].backward()
+    assert all(mixed[key] > 0 for key in ("ce", "kl", "chunk", "feature"))
+    assert all(p.grad.isfinite().all() for p in module.student.parameters() if p.grad is not None)
 
 
 def test_loss_is_the_weighted_sum_of_its_parts(zoo, student_folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import string
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3MoeConfi
 from deepfusion.data import Example, encode
 from deepfusion.errors import InputError
 from deepfusion.metrics import bits_per_byte_of_each, context_limit, evaluate_model, expert_use
+from deepfusion.rows import Turn, conversation
 
 EXAMPLES = [
     Example("", TEXT[0], "animals"),
@@ -89,6 +91,33 @@ def test_agrees_with_a_naive_reference(kind: str, batch_size: int, tokenizer: Pr
     assert found["by_domain"]["numbers"]["log_perplexity"] == pytest.approx(expected, rel=1e-5)
     each = [values["log_perplexity"] for values in found["by_domain"].values()]
     assert found["mean_over_domains"]["log_perplexity"] == pytest.approx(sum(each) / 2)
+
+
+def test_every_turn_of_the_assistant_counts_in_the_words_of_the_models_own_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = make_model("llama").eval()
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    turns = [Turn("user", "one"), Turn("assistant", "two three", True), Turn("user", "four"), Turn("assistant", "zwölf", True)]
+    example = conversation(turns, "d")
+    found = {}
+    for reader, text in ((chatty, "[user]one<end>[assistant]two three<end>[user]four<end>[assistant]zwölf"), (tokenizer, None)):
+        found[text is None] = evaluate_model(model, reader, [example])
+        whole = text or example.text
+        ids = reader(whole, add_special_tokens=False, return_offsets_mapping=True)
+        start = [] if text else [reader.eos_token_id]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*start, *ids.input_ids]])).logits[0].double().log_softmax(-1)
+        space = 0 if text else 1  # in plain words the space before an answer is a part of it
+        spans = [(whole.index(t) - space, whole.index(t) + len(t)) for t in ("two three", "zwölf")]
+        nats, tokens = 0.0, 0
+        for place, (token, (begin, end)) in enumerate(zip(ids.input_ids, ids.offset_mapping, strict=True), len(start)):
+            if any(end > a and begin < b for a, b in spans):
+                nats, tokens = nats - float(logits[place - 1, token]), tokens + 1
+        assert found[text is None]["tokens"] == tokens
+        assert found[text is None]["log_perplexity"] == pytest.approx(nats / tokens, rel=1e-5)
+        size = len(" two three zwölf".encode())
+        assert found[text is None]["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert found[False]["bits_per_byte"] != found[True]["bits_per_byte"]
 
 
 def test_choice_is_the_likeliest_option_per_byte(tokenizer: PreTrainedTokenizerFast) -> None:
