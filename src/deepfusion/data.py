@@ -407,7 +407,8 @@ def encode(
         encoded = _encode_chat(tokenizer, example, prompt_weight, add_end)
     else:
         encoded = _encode_plain(tokenizer, example, prompt_weight, add_end)
-    return Encoded(*(column[:max_tokens] for column in encoded[:3]), template=encoded.template)
+    ids, offsets, weights, template = encoded
+    return Encoded(ids[:max_tokens], offsets[:max_tokens], weights[:max_tokens], template)
 
 
 def _encode_plain(tokenizer: PreTrainedTokenizerBase, example: Example, prompt_weight: float, add_end: bool) -> Encoded:

@@ -17,13 +17,13 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from deepfusion.errors import InputError
 from deepfusion.rows import FORMATS
 
 KEYS = ("text", "prompt", "completion", "question", "messages", "conversations", "instruction")  # one of them is in every row
-PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+PACKED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 # What datasets and checkpoints keep beside their data.
 _ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
@@ -89,7 +89,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
         return
     unpack = next((PACKED[ending] for magic, ending in _MAGIC.items() if head.startswith(magic)), open)
     try:
-        with cast(IO[bytes], unpack(path, "rb")) as file:
+        with unpack(path, "rb") as file:
             yield from _text_rows(path, file)
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise InputError(f"the packed file is damaged ({error})", where=path, code="bad-file") from None

@@ -269,9 +269,10 @@ def _turn(message: Row, where: str) -> Turn:
             raise InputError(f'{where} holds "{key}"', allowed="turns of text", code="unsupported-message")
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part for part in content]
-        if not all(isinstance(part, str) for part in parts):
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) < len(parts):
             raise InputError(f"{where} holds parts that are no text", allowed="text parts", code="unsupported-message")
-        content = "".join(parts)
+        content = "".join(texts)
     if not isinstance(content, str):
         got = "has no content" if content is None else f"must hold text, got {type(content).__name__}"
         raise InputError(f"{where} {got}", allowed="text, or a list of text parts", code="wrong-type")

@@ -24,7 +24,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 def unique(examples: Iterable[Example], without: Container[str] = ()) -> list[Example]:
     """The first of all examples with exactly the same text, in the given order, leaving out the ids of `without`."""
-    first = {}
+    first: dict[str, Example] = {}
     for example in examples:
         first.setdefault(example.text, example)
     return [example for example in first.values() if example.id not in without] if without else list(first.values())
