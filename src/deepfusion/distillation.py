@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deepfusion import families
+from deepfusion import families, progress
 from deepfusion.align import (
     AlignedBatch,
     Alignment,
@@ -101,6 +101,9 @@ class Collator:
 
     def __call__(self, documents: Sequence[Document]) -> dict[str, Any]:
         encoded = [encode(self.tokenizer, d.example, self.prompt_weight, self.max_tokens) for d in documents]
+        if any(len(one.input_ids) == self.max_tokens for one in encoded):
+            cut = f"texts of more than {self.max_tokens} tokens, all that the model reads at once, lose their end in training"
+            progress.say_once(f"[data] {cut}; a lower data.max_chars cuts them into several")
         input_ids, mask = _pad([e.input_ids for e in encoded], self.tokenizer)
         rows_of: dict[tuple[int | None, bool], list[int]] = {}
         for row, document in enumerate(documents):

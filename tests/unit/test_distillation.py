@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config
 
 from conftest import sentences
+from deepfusion import progress
 from deepfusion.config import VAASection, parse_config
 from deepfusion.corpus import Document
 from deepfusion.data import Example, encode
@@ -223,3 +224,15 @@ def test_teachers_that_do_not_fit_beside_the_trunk_are_refused_before_any_work(z
     ):
         distill.run(config, {"proxies": tmp_path / "proxies"}, tmp_path)
     assert not (tmp_path / "bases" / "corpus.jsonl").exists()
+
+
+def test_text_beyond_the_context_is_not_lost_without_a_word(zoo, student_folder, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_said", set())
+    module, _ = distiller(student_folder, {}, LossWeights())
+    tokenizer = load_tokenizer(student_folder)
+    long = Document(Example("", " ".join(row["text"] for row in sentences("finance", 9)), "d"), "private")
+    step(module, Collator(tokenizer, {}, 0.5, 128), documents(None))
+    assert not capsys.readouterr().err
+    for _ in range(2):
+        step(module, Collator(tokenizer, {}, 0.5, 128), [long])
+    assert capsys.readouterr().err.count("lose their end in training; a lower data.max_chars") == 1
