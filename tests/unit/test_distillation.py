@@ -232,7 +232,7 @@ def test_text_beyond_the_context_is_not_lost_without_a_word(zoo, student_folder,
     tokenizer = load_tokenizer(student_folder)
     long = Document(Example("", " ".join(row["text"] for row in sentences("finance", 9)), "d"), "private")
     step(module, Collator(tokenizer, {}, 0.5, 128), documents(None))
-    assert not capsys.readouterr().err
+    assert "lose their end" not in capsys.readouterr().err
     for _ in range(2):
         step(module, Collator(tokenizer, {}, 0.5, 128), [long])
     assert capsys.readouterr().err.count("lose their end in training; a lower data.max_chars") == 1
