@@ -188,10 +188,12 @@ def evaluate(
 ) -> None:
     """Log-perplexity, perplexity, bits per byte, token and multiple-choice accuracy on held-out text, judged answers."""
     from deepfusion import models
+    from deepfusion.data import say_cut
     from deepfusion.metrics import evaluate_model
     from deepfusion.sources import load_rows
 
     examples = load_rows(data)
+    say_cut(examples, max_chars)
     referee = None
     if judge is not None:
         from deepfusion.judge import Judge, answer_all, open_questions, parse_prices

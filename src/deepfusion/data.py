@@ -118,6 +118,17 @@ def _long_exchange(exchange: list[Turn], domain: str, max_chars: int) -> list[Ex
     return [first, *(Example("", piece, domain) for piece in pieces[1:])]
 
 
+def say_cut(examples: Sequence[Example], max_chars: int) -> None:
+    """Tell how many documents do not fit in a window with all that stands before what is learned."""
+    cut = sum(
+        len(e.text) > max_chars and (bool(e.turns) or len(e.prompt) > max(max_chars - len(e.completion), max_chars // 2))
+        for e in examples
+    )
+    if cut:
+        what = f"{cut} of {len(examples)} documents are longer than {max_chars} characters and lose the beginning of their prompt"
+        progress.say_once(f"[data] {what} (max_chars)")
+
+
 def _prompt_end(prompt: str, room: int) -> str:
     """The end of the prompt in at most `room` characters, from the start of a word if one starts there."""
     start = len(prompt) - room
@@ -191,6 +202,7 @@ def make_splits(config: Config) -> Splits:
         count = max(1, round(HELD_OUT * len(documents)))
         order = shuffled(documents, seed, "held_out")
         held_out[device], private[device] = order[:count], order[count:]
+    say_cut([*test, *public, *chain(*parts.values())], data.max_chars)
     return Splits(private, held_out, *_server_text(config, public, test), test, devices)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from deepfusion.data import (
     overlap,
     partition,
     reading_order,
+    say_cut,
     training_steps,
     windows,
     write_jsonl,
@@ -45,6 +48,17 @@ def test_windows_hold_the_whole_completion_once(prompt: str, completion: str, ma
     assert prompt.endswith(cut[0].prompt)
     assert not any(window.prompt for window in cut[1:])
     assert len(example.text) > max_chars or cut == [example]
+
+
+@settings(deadline=None)
+@given(WORDS, WORDS.filter(str.strip), st.integers(8, 64))
+def test_a_prompt_that_loses_its_beginning_is_told(prompt: str, completion: str, max_chars: int) -> None:
+    example = Example(prompt, completion, "d")
+    progress._said.clear()
+    with redirect_stderr(StringIO()) as told:
+        say_cut([example, Example("", "x" * 999, "d")], max_chars)
+    lost = windows(example, max_chars)[0].prompt != prompt
+    assert ("1 of 2 documents are longer" in told.getvalue()) == lost
 
 
 def test_a_short_completion_keeps_the_end_of_its_prompt_and_its_options() -> None:

@@ -18,7 +18,7 @@ from deepfusion.checkpoints import WholeModel, whole_folder
 from deepfusion.compact import open_base, write_delta
 from deepfusion.config import Config, DeviceSpec, Encoding, cluster_count
 from deepfusion.corpus import Document
-from deepfusion.data import make_splits, reading_order, training_steps, windows
+from deepfusion.data import make_splits, reading_order, say_cut, training_steps, windows
 from deepfusion.distillation import Collator, Distiller, LossWeights
 from deepfusion.embedding import embed
 from deepfusion.errors import InputError
@@ -78,6 +78,7 @@ def train_alone(config: Config, data: Path, upload: Path, type: str | None, memo
         InputError: bad data, or nothing fits.
     """
     documents = load_source(str(data))
+    say_cut(documents, config.data.max_chars)
     if len(documents) < 2:
         raise InputError("one document is not enough: one is held out", where=data, code="too-few-documents")
     if type is None:
