@@ -82,13 +82,13 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
     if not path.is_file():
         what = "a folder" if path.is_dir() else "there is no such data file"
         raise InputError(what, where=path, fix="give an existing data file", code="no-data")
-    with open(path, "rb") as file:
-        head = file.read(4096)
-    if head.startswith(_TABLES):
-        yield from _table_rows(path, head)
-        return
-    unpack = next((PACKED[ending] for magic, ending in _MAGIC.items() if head.startswith(magic)), open)
     try:
+        with open(path, "rb") as file:
+            head = file.read(4096)
+        if head.startswith(_TABLES):
+            yield from _table_rows(path, head)
+            return
+        unpack = next((PACKED[ending] for magic, ending in _MAGIC.items() if head.startswith(magic)), open)
         with unpack(path, "rb") as file:
             yield from _text_rows(path, file)
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
@@ -208,7 +208,7 @@ def _json_values(path: Path, number: int, text: str) -> Iterator[tuple[str, obje
         except json.JSONDecodeError as error:
             place = f"{path}:{line + text.count(chr(10), begin, error.pos)}"
             raise InputError(f"malformed JSON: {error.msg}", where=place, code="bad-json") from None
-        except RecursionError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"malformed JSON: {error}", where=f"{path}:{line}", code="bad-json") from None
         yield f"{path}:{line}", value
         line += text.count("\n", begin, at)

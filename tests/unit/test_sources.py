@@ -219,6 +219,8 @@ def test_jsonl_domains_default_to_the_argument_or_the_file_stem(tmp_path: Path) 
         (b'text\n"a\nb\n', 2, "bad-csv"),
         (b"a plain text\n", 1, "bad-file"),
         (b"[" * 100_000, 1, "bad-json"),
+        (b'{"a": ' + b"9" * 5000 + b"}\n", 1, "bad-json"),
+        (b'{"text": "a"}\n{"a": ' + b"9" * 5000 + b"}\n", 2, "bad-json"),
         (b'{"body": "a"}\n', 1, "unknown-format"),
     ],
 )
