@@ -14,6 +14,7 @@ import io
 import json
 import lzma
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -91,7 +92,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
         unpack = next((PACKED[ending] for magic, ending in _MAGIC.items() if head.startswith(magic)), open)
         with unpack(path, "rb") as file:
             yield from _text_rows(path, file)
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"the packed file is damaged ({error})", where=path, code="bad-file") from None
     except OSError as error:
         raise InputError(f"the file cannot be read ({error})", where=path, code="bad-file") from None

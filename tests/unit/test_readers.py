@@ -178,6 +178,7 @@ def zipped() -> bytes:
         (b"One fine day.\nAnother.\n", "looks like plain text"),
         (gzip.compress(lines(ROWS).encode())[:-20], "packed file is damaged"),
         (gzip.compress(b"x" * 999)[:60] + b"abc", "packed file is damaged"),
+        (gzip.compress(lines(ROWS * 9).encode())[:40] + b"\xff" * 40, "packed file is damaged"),
         (b"PAR1 and then nothing", "not a readable table"),
         (b"ARROW1\0\0 and then nothing", "not a readable table"),
         ("text\ncafé\n".encode("latin-1"), "save it as UTF-8"),
