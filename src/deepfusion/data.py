@@ -57,7 +57,12 @@ def windows(example: Example, max_chars: int) -> list[Example]:
     A short completion keeps the end of its prompt in one window. A completion of more than half a window is cut into
     consecutive windows, the first with the end of the prompt in at most half of it, the others without a prompt. The
     completions of the windows make up the whole completion. Options survive where there is one window.
+
+    Raises:
+        InputError: no room for a character.
     """
+    if max_chars < 1:
+        raise InputError(f"max_chars is {max_chars}", allowed="1 or more", code="bad-value")
     if len(example.text) <= max_chars:
         return [example]
     prompt, completion, domain = example.prompt, example.completion, example.domain
