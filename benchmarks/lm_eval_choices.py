@@ -34,9 +34,9 @@ QUESTIONS: list[dict[str, Any]] = [
 
 def measure(folder: Path, questions: list[dict[str, Any]], batch_size: int = 4) -> dict[str, Any]:
     """The harness's own figures for a checkpoint: `acc`, `acc_norm`, and the log-likelihoods of the options of each question."""
+    from lm_eval.api.task import ConfigurableTask
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.api.task import ConfigurableTask
 
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "questions.jsonl"

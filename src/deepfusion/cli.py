@@ -23,6 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while t
 
 import rich
 import yaml
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -210,23 +211,7 @@ def evaluate(
     if json_:
         return _print_json(result)
     judged = result["judge"]
-    columns = ["domain", "log-perplexity", "bits/byte", "token accuracy", "choice accuracy", "tokens"]
-    table = Table(*columns, *(["judge"] if judged else []), title=str(model))
-    for domain, row in {**result["by_domain"], "all": result}.items():
-        choice = row["choice_accuracy"]
-        cells = [
-            escape(domain),
-            f"{row['log_perplexity']:.4f}",
-            f"{row['bits_per_byte']:.4f}",
-            f"{row['token_accuracy']:.2%}",
-            "-" if choice is None else f"{choice:.2%}",
-            str(row["tokens"]),
-        ]
-        if judged:
-            score = (judged if row is result else judged["by_domain"].get(domain, {})).get("score")
-            cells.append("-" if score is None else f"{score:.1f}")
-        table.add_row(*cells)
-    rich.print(table)
+    rich.print(_metrics_table(str(model), result))
     if judged:
         cost = "" if judged["cost"] is None else f", cost {judged['cost']:.4f}"
         print(
@@ -492,6 +477,33 @@ def _plain(value: Any) -> Any:
 
 def _print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False))
+
+
+def _metrics_table(title: str, result: dict[str, Any]) -> Table:
+    """Domain by domain, the mean over domains, which is the headline, and the figures over all tokens; losses are per token."""
+    shown = {"log_perplexity": ("nats", ".4f"), "bits_per_byte": ("bits/byte", ".4f"), "token_accuracy": ("accuracy", ".2%")}
+    if result["acc"] is not None:
+        shown |= {"choice_accuracy": ("choice", ".2%"), "acc": ("acc", ".2%"), "acc_norm": ("acc_norm", ".2%")}
+    judged = result["judge"]
+    scores: dict[str, Any] = {name: row["score"] for name, row in judged["by_domain"].items()} if judged else {}
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("domain", overflow="fold", min_width=len("mean over domains"))
+    for heading in [*(heading for heading, _ in shown.values()), "tokens", *(["judge"] if judged else [])]:
+        table.add_column(heading, justify="right")
+
+    def add(name: str, row: dict[str, Any], score: float | None) -> None:
+        values = ["-" if row[key] is None else format(row[key], form) for key, (_, form) in shown.items()]
+        values.append(f"{row['tokens']:,}" if "tokens" in row else "")
+        values += ["-" if score is None else f"{score:.1f}"] if judged else []
+        table.add_row(escape(name), *values)
+
+    for domain, row in result["by_domain"].items():
+        add(domain, row, scores.get(domain))
+    table.add_section()
+    known = [score for score in scores.values() if score is not None]
+    add("mean over domains", result["mean_over_domains"], sum(known) / len(known) if known else None)
+    add("over all tokens", result, None)
+    return table
 
 
 def _print_outcome(run: Path, json_: bool) -> None:
