@@ -27,16 +27,24 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from deepfusion import __version__
+from deepfusion import __version__, terminal
 from deepfusion.bench.cli import bench_app
-from deepfusion.config import Config, explain, load_config, nearest_key
+from deepfusion.config import (
+    MOST_BATCH,
+    MOST_CHARS,
+    MOST_DOCUMENTS,
+    MOST_SEED,
+    Config,
+    explain,
+    load_config,
+    nearest_key,
+)
 from deepfusion.errors import InputError
 
 app = typer.Typer(
-    help="Fuse fine-tuned small language models of many devices into one Mixture-of-Experts model.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 device_app = typer.Typer(help="One device, on its own machine.", no_args_is_help=True)
 config_app = typer.Typer(help="Look at and check configs.", no_args_is_help=True)
@@ -53,6 +61,25 @@ From = Annotated[str | None, typer.Option("--from", help="redo this stage and wh
 Until = Annotated[str | None, typer.Option("--until", help="stop after this stage")]
 ServerHome = Annotated[Path, typer.Option(help="folder of the server's keys and enrolled devices")]
 Run = Annotated[Path, typer.Argument(help="a run folder")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"deepfusion {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+) -> None:
+    """Fuse fine-tuned small language models of many devices into one Mixture-of-Experts model."""
+
+
+def _temperature(value: float) -> float:
+    if value and not 0.01 <= value <= 100:  # also refuses nan
+        raise typer.BadParameter(f"{value} is neither 0 nor 0.01 to 100")
+    return value
 
 
 @app.command("run")
@@ -178,11 +205,13 @@ def doctor(json_: Json = False) -> None:
 def evaluate(
     model: Annotated[Path, typer.Argument(help="a checkpoint folder")],
     data: Annotated[str, typer.Option(help="JSONL file, or any data source")],
-    max_chars: Annotated[int, typer.Option(help="longer texts are cut into windows")] = 1024,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    max_chars: Annotated[int, typer.Option(min=64, max=MOST_CHARS, help="longer texts are cut into windows")] = 1024,
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST_BATCH, help="windows per forward pass")] = 16,
     judge: Annotated[str | None, typer.Option(help="URL of an OpenAI-compatible API that scores open answers, 0 to 100")] = None,
     judge_model: Annotated[str | None, typer.Option(help="name of the judging model there")] = None,
-    judge_documents: Annotated[int | None, typer.Option(min=1, help="judge at most so many answers; default: all")] = None,
+    judge_documents: Annotated[
+        int | None, typer.Option(min=1, max=MOST_DOCUMENTS, help="judge at most so many answers; default: all")
+    ] = None,
     judge_cache: Annotated[Path | None, typer.Option(help="JSONL file of scores; what stands there costs nothing")] = None,
     judge_prices: Annotated[str | None, typer.Option(help="IN,OUT per million tokens, to reckon the cost")] = None,
     json_: Json = False,
@@ -223,10 +252,12 @@ def evaluate(
 @app.command()
 def generate(
     model: Annotated[Path, typer.Argument(help="a checkpoint folder")],
-    prompt: Annotated[str, typer.Argument()],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token")] = 0.0,
-    seed: int = 0,
+    prompt: Annotated[str, typer.Argument(help="the text to continue")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_CHARS, help="tokens to write at most")] = 64,
+    temperature: Annotated[
+        float, typer.Option(callback=_temperature, help="0: always the likeliest token; else 0.01 to 100")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="seed of what is drawn at a temperature")] = 0,
     json_: Json = False,
 ) -> None:
     """Continue a prompt."""
@@ -255,7 +286,7 @@ def generate(
 def device_plan(
     memory: Annotated[str, typer.Option(help="memory that training may take, such as 4GB")],
     text: Annotated[Path | None, typer.Option(help="JSONL file of the device, for the length of its texts")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST_BATCH, help="documents per step")] = 8,
     types: Annotated[list[str] | None, typer.Option("--type", help="consider this type (repeatable); default: all presets")] = None,
     json_: Json = False,
 ) -> None:
@@ -396,7 +427,10 @@ def server_enroll(
 
 
 @server_app.command("revoke")
-def server_revoke(device: Annotated[str, typer.Argument()], home: ServerHome = Path("~/.deepfusion/server")) -> None:
+def server_revoke(
+    device: Annotated[str, typer.Argument(help="name of the device in this federation")],
+    home: ServerHome = Path("~/.deepfusion/server"),
+) -> None:
     """Shut a device out, at once, also in the middle of an upload."""
     _need_flower()
     from deepfusion.federation.home import Home
@@ -476,7 +510,7 @@ def _plain(value: Any) -> Any:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False))
+    print(json.dumps(value, ensure_ascii=not terminal.utf8()))
 
 
 def _metrics_table(title: str, result: dict[str, Any]) -> Table:
@@ -523,11 +557,8 @@ def _print_outcome(run: Path, json_: bool) -> None:
 
 def main() -> None:
     """Entry point; turns bad input into one line and exit code 2."""
-    try:
-        app()
-    except InputError as error:
-        print(f"deepfusion: {error}", file=sys.stderr)
-        sys.exit(2)
+    terminal.prepare()
+    sys.exit(terminal.run(lambda: app(prog_name="deepfusion", standalone_mode=False)))
 
 
 if __name__ == "__main__":
