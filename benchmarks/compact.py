@@ -49,16 +49,16 @@ def measure(config: Config, run: Path, encoding: Encoding, out: Path) -> dict[st
         "bytes": {entry["device"]: (uploads / entry["device"] / weights).stat().st_size for entry in entries},
         "folder_bytes": {entry["device"]: entry["bytes"] for entry in entries},
         "error": {entry["device"]: entry["encoding_error"] for entry in entries},
-        "device_loss": {entry["device"]: _loss(out, f"device-{index}") for index, entry in enumerate(entries)},
-        "proxy_loss": {str(cluster["id"]): _loss(out, f"proxy-{cluster['id']}") for cluster in clusters},
+        "device_loss": {entry["device"]: _loss(out, "device", entry["device"]) for entry in entries},
+        "proxy_loss": {str(cluster["id"]): _loss(out, "proxy", str(cluster["id"])) for cluster in clusters},
         "clusters": clusters,
         "types": {entry["device"]: entry["type"] for entry in entries},
     }
 
 
-def _loss(out: Path, unit: str) -> float:
+def _loss(out: Path, kind: str, id: str) -> float:
     """Nats per token on the model's own domain."""
-    found = json.loads((out / "units" / f"{unit}.json").read_text("utf-8"))
+    found = json.loads((out / "units" / kind / id / "measured.json").read_text("utf-8"))
     return float(found["metrics"]["mean_over_domains"]["log_perplexity"])
 
 

@@ -15,12 +15,25 @@ from deepfusion.config import Config
 
 def write_model_card(folder: Path, title: str, text: str, facts: Mapping[str, object]) -> None:
     """Write `folder`/README.md: metadata that the Hugging Face hub reads, what the checkpoint is, and a table of facts."""
-    rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
+    rows = "".join(f"| {name} | {cell(value)} |\n" for name, value in facts.items())
     (folder / "README.md").write_text(
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [deepfusion]\n---\n\n"
         f"# {title}\n\n{text}\n\n| | |\n|---|---|\n{rows}",
         "utf-8",
     )
+
+
+def cell(value: object) -> str:
+    """A value as it may stand in a table of Markdown; much of it comes from strangers."""
+    shown = "".join(c if c.isprintable() else " " for c in str(value))
+    for mark, harmless in (("|", "\\|"), ("<", "&lt;"), ("`", "'")):
+        shown = shown.replace(mark, harmless)
+    return " ".join(shown.split())
+
+
+def counted(number: int | None) -> str:
+    """A number of tokens or documents; checkpoints that nobody prepared do not say theirs, and count 0."""
+    return f"{number:,}" if number else "unknown"
 
 
 def write_transport(uploads: Path, path: Path) -> None:
@@ -48,60 +61,92 @@ def write_final_card(config: Config, run: Path, folder: Path) -> None:
     clusters = _read(run / "clusters.json", {}).get("clusters", [])
     evaluation = _read(run / "evaluation.json", {})
     model = _read(folder / "config.json", {})
-    metadata = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["mixture-of-experts", "deepfusion", "federated-learning", "knowledge-distillation"],
-    }
+    uploads = [entry for entry in registry.values() if entry["tokens"]]
+    tags = ["mixture-of-experts", "deepfusion", *(["federated-learning"] if uploads else []), "knowledge-distillation"]
+    metadata = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+    tuned = f"Tuned for {config.tune.steps} steps" if config.tune.steps else "Not tuned after the merge"
     parts = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
         f"# DeepFusion MoE ({config.family})",
-        f"One Mixture-of-Experts model made by DeepFusion {__version__} of {len(registry)} models that devices fine-tuned on text "
-        f"which never left them. Recipe `{config.recipe}`, seed {config.seed}, {len(clusters) or config.experts} domains, "
-        f"{config.experts} experts, top-{config.top_k}.",
+        f"One Mixture-of-Experts model made by DeepFusion {__version__}{_origin(len(uploads), len(registry) - len(uploads))}. "
+        f"Recipe `{config.recipe}`, seed {config.seed}, {f'{len(clusters)} proxies, ' if clusters else ''}"
+        f"{config.experts} experts, top-{config.top_k}. {tuned}.",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("this folder")\n'
         'tokenizer = AutoTokenizer.from_pretrained("this folder")\n```',
         _lineage(clusters, registry),
-        f"Base: `{config.distill.base or 'the tiny base of the family'}`. Public text: {', '.join(config.data.public)}. "
+        f"Base: `{cell(config.distill.base or 'the tiny base of the family')}`. {_texts(config)} "
         f"Architecture: {', '.join(model.get('architectures', [config.family]))}.",
         _metrics(evaluation),
-        "The devices' text is not part of this model's training data, but weights can memorise: nothing here is a formal guarantee "
-        "of privacy. Not for clinical or financial decisions.",
+        f"{_privacy(config, bool(uploads))} Not for clinical or financial decisions.",
     ]
     (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n", "utf-8")
 
 
+def _origin(uploads: int, plain: int) -> str:
+    parts = [f" {_number(uploads, 'model')} that devices fine-tuned on text of their own, which no upload holds"] if uploads else []
+    parts += [f" {_number(plain, 'checkpoint')} that {_were(plain)} given; how they were trained is not known"] if plain else []
+    return f" of{' and of'.join(parts)}" if parts else ""
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _were(count: int) -> str:
+    return "was" if count == 1 else "were"
+
+
+def _texts(config: Config) -> str:
+    """What the server read for phases II and III."""
+    if not (config.distill.steps or config.tune.steps):
+        return "No text was read to make it."
+    known = {
+        "in_domain": "public text of the devices' domains",
+        "generic": "generic public text",
+        "sampled": "text that the proxies wrote",
+    }
+    return f"Text it learned from: {', '.join(known.get(name, f'`{cell(name)}`') for name in config.data.public)}."
+
+
+def _privacy(config: Config, uploads: bool) -> str:
+    wrote = ", and what the proxies wrote can repeat it" if "sampled" in config.data.public else ""
+    unread = "No private text of a device was read to make it, but weights" if uploads else "Weights"
+    return f"{unread} can memorise what a model was trained on{wrote}: this is no guarantee of privacy."
+
+
 def _lineage(clusters: list[dict[str, Any]], registry: dict[str, dict[str, Any]]) -> str:
-    if not clusters:
-        return ""
     rows = [
-        f"| {cluster['id']} | {cluster['type']} | {device} | {registry[device]['tokens']} | `{registry[device]['digest'][:16]}` |"
+        f"| {cluster['id']} | {cell(cluster['type'])} | {cell(device)} | {counted(registry[device]['tokens'])} | "
+        f"`{registry[device]['digest'][:16]}` |"
         for cluster in clusters
         for device in cluster["devices"]
         if device in registry
     ]
-    return "## Lineage\n\n| expert | type | device | private tokens | upload digest |\n|---|---|---|---|---|\n" + "\n".join(rows)
+    header = "## Lineage\n\n| proxy | type | model of | private tokens | digest |\n|---|---|---|---|---|\n"
+    return header + "\n".join(rows) if rows else ""
 
 
 def _metrics(evaluation: dict[str, Any]) -> str:
+    """Means over the domains, as everywhere; those over all tokens stand in evaluation.json."""
     references = evaluation.get("references") or {}
     names = {
         "this model": evaluation.get("moe"),
         "no distillation": references.get("no_distillation"),
         "public base": references.get("base"),
     }
-    rows = [
-        f"| {name} | {m['log_perplexity']:.4f} | {m['bits_per_byte']:.4f} | {m['token_accuracy']:.2%} | "
-        + ("-" if m["choice_accuracy"] is None else f"{m['choice_accuracy']:.2%}")
-        + " |"
-        for name, m in names.items()
-        if m
-    ]
+    forms = {"log_perplexity": ".3f", "bits_per_byte": ".3f", "token_accuracy": ".1%", "choice_accuracy": ".1%"}
+    rows = []
+    for name, found in names.items():
+        if found:
+            known = {key: [row[key] for row in found["by_domain"].values() if row.get(key) is not None] for key in forms}
+            shown = [format(sum(v) / len(v), forms[key]) if v else "-" for key, v in known.items()]
+            rows.append(f"| {name} | {' | '.join(shown)} |")
     if not rows:
         return ""
+    domains = ", ".join(cell(domain) for domain in evaluation["moe"]["by_domain"])
     header = "| model | log-perplexity (nats/token) | bits per byte | token accuracy | choice accuracy |\n|---|---|---|---|---|\n"
-    return "## Held-out text\n\n" + header + "\n".join(rows)
+    return f"## Held-out text\n\nMean over the domains {domains}.\n\n{header}" + "\n".join(rows)
 
 
 def _read(path: Path, missing: Any) -> Any:

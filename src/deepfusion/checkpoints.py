@@ -100,7 +100,7 @@ class TensorReader:
     def _shard_names(self) -> list[str]:
         if (self.folder / INDEX).is_file():
             try:
-                files = set(json.loads((self.folder / INDEX).read_text())["weight_map"].values())
+                files = set(json.loads((self.folder / INDEX).read_text("utf-8"))["weight_map"].values())
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InputError("the weight index cannot be read", where=self.folder / INDEX, code="weights-index") from error
             # An index comes from others: it must not reach outside of its folder.

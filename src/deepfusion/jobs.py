@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import threading
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -36,7 +40,8 @@ def run_jobs(function: Callable[..., Any], jobs: list[dict[str, Any]], workers: 
     if workers == 1:
         return [_one_thread(function, job) for job in jobs]
     pool = _shared_pool(workers)
-    futures = [pool.submit(_in_worker, progress.attached(), function, job) for job in jobs]
+    with _uninterrupted():
+        futures = [pool.submit(_in_worker, progress.attached(), function, job) for job in jobs]
     try:
         return [future.result() for future in futures]
     except BaseException:
@@ -60,13 +65,25 @@ def _shared_pool(workers: int) -> ProcessPoolExecutor:
     if _pool is not None and _pool_workers != workers:
         close_pool()
     if _pool is None:
-        _pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
+        start = partial(_start_worker, list(warnings.filters))
+        _pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start)
         _pool_workers = workers
         atexit.register(close_pool)
     return _pool
 
 
-def _start_worker() -> None:
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Processes that start here never see Ctrl-C, which reaches all of a terminal: their parent does, and ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(filters: list[Any]) -> None:
+    warnings.filters[:] = filters  # type: ignore[index]  # as in the process that started this one
     torch.set_num_threads(1)
     parent = parent_process()
     assert parent is not None

@@ -13,12 +13,13 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deepfusion.choices import LOGITS_PER_FORWARD, Verdict, judge_choices
 from deepfusion.data import Encoded, Example, encode, windows
 from deepfusion.errors import InputError
 from deepfusion.families import router_logits_by_layer
 
-# One [rows, tokens, vocabulary] block of logits holds at most so many numbers (1 GiB in fp32), whatever the batch size.
-LOGITS_PER_FORWARD = 2**28
+# Of these a plain mean over the domains is taken; of the last three over those that have questions with options.
+AVERAGED = ("log_perplexity", "bits_per_byte", "token_accuracy", "choice_accuracy", "acc", "acc_norm")
 # Windows are not cut below this many characters, however short the context of the model.
 LEAST_CHARS = 16
 
@@ -52,7 +53,7 @@ class _Window:
 
     @property
     def chosen(self) -> int:
-        """The option of the highest log-likelihood per UTF-8 byte (lm-evaluation-harness: acc_norm); ties: first."""
+        """The option of the highest log-likelihood per UTF-8 byte, its leading space counted; ties: first."""
         return min(range(len(self.rows)), key=lambda i: self.rows[i].nats / max(self.rows[i].size, 1))
 
 
@@ -78,34 +79,55 @@ def evaluate_model(
     Returns:
         `log_perplexity` (nats per counted token), `perplexity`, `bits_per_byte` (of the completions, so that models
         with different tokenizers compare), `token_accuracy` (share of tokens predicted exactly), `choice_accuracy`
-        (None without options), `tokens`, `examples`, pooled over all tokens; the same keys per domain in `by_domain`;
-        and the plain mean of the domains in `mean_over_domains`.
+        (the option of the highest likelihood per byte of the completion, its leading space counted, after our start
+        mark), `acc` and `acc_norm` (those of lm-evaluation-harness, see `choices`; all three None without options),
+        `tokens`, `examples`: over all tokens. The same keys per domain in `by_domain`. The headline is
+        `mean_over_domains`, the plain means of the domains, whatever their numbers of tokens.
 
     Raises:
-        InputError: no examples, no token to count, or a model whose losses are not finite.
+        InputError: no examples, no token to count, a number out of its bounds, or a model whose losses are not finite.
     """
-    if not examples:
-        raise InputError("there is no document to evaluate on", code="no-examples")
+    _check(examples, batch_size, max_chars)
     scored: list[_Window] = []
     for example in examples:
         scored.extend(_windows(tokenizer, example, max_chars, context_limit(model), choices))
     _score(model, [row for window in scored for row in window.rows], batch_size)
+    asked = [example for example in examples if choices and example.options and example.answer is not None]
+    verdicts = judge_choices(model, tokenizer, asked, batch_size=batch_size)
     documents = [example.domain for example in examples]
     by_domain = {
-        domain: _summary([window for window in scored if window.domain == domain], documents.count(domain))
+        domain: _summary(
+            [window for window in scored if window.domain == domain],
+            [verdict for example, verdict in zip(asked, verdicts, strict=True) if example.domain == domain],
+            documents.count(domain),
+        )
         for domain in sorted(set(documents))
     }
-    means = {
-        key: sum(values[key] for values in by_domain.values()) / len(by_domain)
-        for key in ("log_perplexity", "bits_per_byte", "token_accuracy")
-    }
-    return {**_summary(scored, len(examples)), "mean_over_domains": means, "by_domain": by_domain}
+    means = {key: _mean([values[key] for values in by_domain.values()]) for key in AVERAGED}
+    return {**_summary(scored, verdicts, len(examples)), "mean_over_domains": means, "by_domain": by_domain}
+
+
+def _check(examples: Sequence[Example], batch_size: int, max_chars: int = LEAST_CHARS) -> None:
+    """Refuse what could not end, or would end in a division by zero."""
+    if not examples:
+        raise InputError("there is no document to evaluate on", code="no-examples")
+    for name, value, least in (("batch_size", batch_size, 1), ("max_chars", max_chars, LEAST_CHARS)):
+        if not isinstance(value, int) or value < least:
+            raise InputError(f"{name} is {value!r}", allowed=f"a whole number of at least {least}", code="bad-value")
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Plain mean of those that are there; None where none is."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def bits_per_byte_of_each(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, batch_size: int = 16
 ) -> list[float]:
     """Bits per UTF-8 byte of each completion by itself, in the order of `examples`."""
+    if examples:
+        _check(examples, batch_size)
     limit = context_limit(model)
     rows = [[row for w in _windows(tokenizer, e, 1 << 30, limit, False) for row in w.rows] for e in examples]
     _score(model, [row for own in rows for row in own], batch_size)
@@ -127,10 +149,9 @@ def expert_use(
         Limits that a family puts on groups of experts are not counted in.
 
     Raises:
-        InputError: no examples, or a model without routers.
+        InputError: no examples, a number out of its bounds, or a model without routers.
     """
-    if not examples:
-        raise InputError("there is no document to evaluate on", code="no-examples")
+    _check(examples, batch_size, max_chars)
     rows: dict[str, list[_Row]] = {}
     for example in examples:
         for window in _windows(tokenizer, example, max_chars, context_limit(model), choices=False):
@@ -244,7 +265,7 @@ def _choices(logits: torch.Tensor, top_k: int) -> torch.Tensor:
     return torch.bincount(logits.topk(top_k, dim=-1).indices.flatten(), minlength=logits.shape[-1])
 
 
-def _summary(scored: Sequence[_Window], documents: int) -> dict[str, Any]:
+def _summary(scored: Sequence[_Window], verdicts: Sequence[Verdict], documents: int) -> dict[str, Any]:
     truths = [window.truth for window in scored]
     tokens, nats = sum(row.tokens for row in truths), sum(row.nats for row in truths)
     if not tokens:
@@ -259,6 +280,8 @@ def _summary(scored: Sequence[_Window], documents: int) -> dict[str, Any]:
         "bits_per_byte": nats / math.log(2) / sum(row.size for row in truths),
         "token_accuracy": sum(row.correct for row in truths) / tokens,
         "choice_accuracy": right / len(questions) if questions else None,
+        "acc": _mean([verdict.acc for verdict in verdicts]),
+        "acc_norm": _mean([verdict.acc_norm for verdict in verdicts]),
         "tokens": tokens,
         "examples": documents,
     }

@@ -183,7 +183,7 @@ def status(out: Path) -> dict[str, Any]:
 def _run_stage(stage: Stage, config: Config, out: Path, key: str, manifest: dict[str, Any], redo: bool) -> None:
     work = out / ".work" / stage.name
     marker = work / "key"
-    if redo or not marker.is_file() or marker.read_text() != key:
+    if redo or not marker.is_file() or marker.read_text("utf-8") != key:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         _write(marker, key)
@@ -196,7 +196,7 @@ def _run_stage(stage: Stage, config: Config, out: Path, key: str, manifest: dict
     inputs |= {"run": out, "base": models.base_checkpoint(config.distill.base, config.family)}
     finished = work / "finished.json"
     if not finished.is_file():
-        spent = float((work / "seconds").read_text()) if (work / "seconds").is_file() else 0.0
+        spent = float((work / "seconds").read_text("utf-8")) if (work / "seconds").is_file() else 0.0
         try:
             with _Watch(work / "seconds", spent) as watch:
                 (work / "out").mkdir(exist_ok=True)
@@ -209,7 +209,7 @@ def _run_stage(stage: Stage, config: Config, out: Path, key: str, manifest: dict
         # From here on a killed run only has to move the outputs.
         made = [path for path in stage.outputs if (work / "out" / path).exists()]
         _write(finished, json.dumps({"made": made, "summary": summary, "seconds": watch.seconds, "peak_rss_bytes": watch.peak}))
-    found = json.loads(finished.read_text())
+    found = json.loads(finished.read_text("utf-8"))
     made = found.pop("made")
     for path in stage.outputs:
         if path not in made:

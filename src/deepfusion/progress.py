@@ -61,6 +61,7 @@ def resident_bytes() -> int:
 
 
 def _append(path: Path, line: str) -> None:
-    # O_APPEND: several worker processes write to the same file, and a short line is written whole.
-    with open(path, "a", encoding="utf-8") as file:
+    # O_APPEND: several worker processes write to the same file, and a short line is written whole. Names of files may hold
+    # bytes that are no text.
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(line + "\n")

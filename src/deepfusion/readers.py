@@ -159,7 +159,7 @@ def _lines(path: Path, file: IO[bytes], encoding: str) -> Iterator[tuple[int, st
                 yield number, line
     except UnicodeDecodeError as error:
         place, fix = f"{path}:{max(number, 1)}", "save it as UTF-8"
-        raise InputError(f"not {encoding.upper()} text: {error.reason}", where=place, fix=fix, code="bad-encoding") from None
+        raise InputError(f"not {encoding.upper()} text: {error.reason}", where=place, fix=fix, code="bad-text-encoding") from None
 
 
 def _json_rows(path: Path, number: int, line: str, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[str, object]]:

@@ -217,7 +217,7 @@ def _last_checkpoint(work: Path) -> str | None:
     """The newest checkpoint that was written to its end: Trainer writes its state file last."""
     for folder in sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
         try:
-            json.loads((folder / "trainer_state.json").read_text())
+            json.loads((folder / "trainer_state.json").read_text("utf-8"))
         except (OSError, ValueError):
             continue
         return os.fspath(folder)

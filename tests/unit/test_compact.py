@@ -186,7 +186,7 @@ def test_a_compact_upload_is_measured_as_the_model_that_it_stands_for(tmp_path: 
     (tmp_path / "registry.json").write_text(json.dumps([{"device": name, "type": "gpt2"} for name in ("d0", "d1")]))
     config = Config.model_validate({"jobs": 1, "precision": "fp32", "data": {"test": str(tmp_path / "test.jsonl")}})
     evaluate.run(config, {"uploads": uploads, "registry": tmp_path / "registry.json"}, tmp_path / "out")
-    found = [json.loads((tmp_path / "out" / "units" / f"device-{index}.json").read_text()) for index in range(2)]
+    found = [json.loads((tmp_path / "out" / "units" / "device" / name / "measured.json").read_text()) for name in ("d0", "d1")]
     losses = [unit["metrics"]["log_perplexity"] for unit in found]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0] != losses[1]

@@ -142,7 +142,7 @@ def test_killed_stage_continues_from_finished_units(inputs: dict[str, Path], fil
     whole = _evaluation(_config(files), inputs, tmp_path / "out")
     (tmp_path / "out" / "evaluation.json").unlink()
     units = tmp_path / "out" / "units"
-    (units / "control.json").unlink()
+    (units / "control" / "measured.json").unlink()
     # Were these measured again, the stage would fail.
     for name in ("moe", "base"):
         (inputs[name] / "config.json").write_text("broken")
@@ -186,3 +186,35 @@ def test_cap_takes_documents_of_every_domain(inputs: dict[str, Path], files: lis
     assert {domain: values["examples"] for domain, values in found["moe"]["by_domain"].items()} == dict.fromkeys(DOMAINS, 3)
     again = _evaluation(config, {"moe": inputs["moe"]}, tmp_path / "again")
     assert again == found
+
+
+def test_the_log_calls_devices_by_their_ids(
+    inputs: dict[str, Path], files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where devices were set aside a place in the registry is no id; a device is named with its own domain."""
+    registry = json.loads(inputs["registry"].read_text())
+    inputs["registry"].write_text(json.dumps([registry[3], registry[1]]))
+    clusters = {"clusters": [{"id": 0, "type": "gpt2", "devices": ["d01"]}, {"id": 1, "type": "llama", "devices": ["d03"]}]}
+    inputs["clusters"].write_text(json.dumps(clusters))
+    run(_config(files), inputs, tmp_path / "out")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[evaluate device ")]
+    assert sorted((line.split("]")[0], line.rpartition(" on ")[2]) for line in lines) == [
+        ("[evaluate device d01", "animals"), ("[evaluate device d03", "numbers"),
+    ]  # fmt: skip
+    measured = {path.parent.name for path in (tmp_path / "out" / "units" / "device").rglob("*.json")}
+    assert measured == {"d01", "d03"}
+
+
+def test_an_id_may_be_as_long_as_a_file_name(inputs: dict[str, Path], files: list[Path], tmp_path: Path) -> None:
+    name = "模" * 63
+    shutil.move(inputs["uploads"] / "d00", inputs["uploads"] / name)
+    only = {"registry": tmp_path / "one.json", "uploads": inputs["uploads"]}
+    only["registry"].write_text(json.dumps([{"device": name, "type": "gpt2"}]))
+    found = _evaluation(_config(files), only, tmp_path / "out")["references"]["devices"]
+    assert {row["device"] for row in found.values()} == {name}
+
+
+def test_the_summary_names_its_mean(inputs: dict[str, Path], files: list[Path], tmp_path: Path) -> None:
+    summary = run(_config(files), {"moe": inputs["moe"]}, tmp_path / "out")
+    moe = json.loads((tmp_path / "out" / "evaluation.json").read_text())["moe"]
+    assert summary["moe"] == {"mean_over_domains": moe["mean_over_domains"]}

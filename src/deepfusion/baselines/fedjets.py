@@ -397,7 +397,7 @@ def _write_final(moe: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, confi
         moe.save_pretrained(part)
         tokenizer.save_pretrained(part)
         text = "A baseline: a Mixture-of-Experts model whose experts devices trained over several rounds (FedJETs)."
-        facts = {"family": config.family, "rounds": rounds, "steps": config.device.steps, "seed": config.seed}
+        facts = {"family": config.family, "rounds": rounds, "steps of a device, at most": config.device.steps, "seed": config.seed}
         write_model_card(part, "FedJETs", text, facts)
 
 

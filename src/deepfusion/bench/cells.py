@@ -192,8 +192,8 @@ def _measured(cell: Cell, uploads: Path, out: Path) -> dict[str, Any]:
     models = {
         name: {
             text: measure(
-                out / "measured" / f"{place}-{text}.json", folder, examples, **common, precision=config.precision, routers=False,
-                choices=text == "test" and config.evaluate.choices,
+                f"{name}, {text} text", out / "measured" / f"{place}-{text}.json", folder, examples, **common,
+                precision=config.precision, routers=False, choices=text == "test" and config.evaluate.choices,
             )["metrics"]
             for text, examples in texts.items()
         }

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from deepfusion.config import MOST_DEVICES, MOST_WORKERS
 from deepfusion.errors import InputError
 
 bench_app = typer.Typer(help="Tables against the baselines, made by runs that anybody can repeat.", no_args_is_help=True)
@@ -15,7 +16,9 @@ bench_app = typer.Typer(help="Tables against the baselines, made by runs that an
 Cases = Annotated[list[str] | None, typer.Option("--case", help="medical or finance (repeatable); default both")]
 Out = Annotated[Path, typer.Option(help="folder of the run folders, from which a killed bench continues")]
 Results = Annotated[Path | None, typer.Option(help="folder of one JSON file per finished cell; default OUT/results")]
-Workers = Annotated[int | None, typer.Option(help="cells side by side, one thread each; default: the cores")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, max=MOST_WORKERS, help="cells side by side, one thread each; default: the cores")
+]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value for every cell, may be repeated")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout, nothing else")]
 
@@ -25,7 +28,7 @@ def paper(
     case: Cases = None,
     devices: Annotated[str, typer.Option(help="numbers of devices, such as 16,32,64,128")] = "16,32",
     methods: Annotated[str, typer.Option(help="methods, such as fused,paper,fedjets; all: every one")] = "all",
-    seeds: Annotated[int, typer.Option(help="number of seeds: 0, 1, ...", min=1)] = 3,
+    seeds: Annotated[int, typer.Option(help="number of seeds: 0, 1, ...", min=1, max=1000)] = 3,
     out: Out = Path("runs/bench"),
     results: Results = None,
     workers: Workers = None,
@@ -55,8 +58,8 @@ def ablation(
     groups: Annotated[list[str] | None, typer.Argument(help="which ablations, or all; without any they are listed")] = None,
     case: Cases = None,
     variants: Annotated[str | None, typer.Option(help="only these, such as no-features,causal; default all of the groups")] = None,
-    devices: Annotated[int, typer.Option(help="number of devices")] = 16,
-    seeds: Annotated[int, typer.Option(help="number of seeds: 0, 1, ...", min=1)] = 1,
+    devices: Annotated[int, typer.Option(help="number of devices", min=1, max=MOST_DEVICES)] = 16,
+    seeds: Annotated[int, typer.Option(help="number of seeds: 0, 1, ...", min=1, max=1000)] = 1,
     out: Out = Path("runs/bench"),
     results: Results = None,
     workers: Workers = None,
@@ -79,7 +82,7 @@ def ablation(
 
 @bench_app.command("costs")
 def costs_command(
-    rounds: Annotated[int, typer.Option(help="rounds of FedJETS")] = 4,
+    rounds: Annotated[int, typer.Option(help="rounds of FedJETS", min=1, max=1000)] = 4,
     measure: Annotated[bool, typer.Option(help="also measure peak memory on this machine, for some minutes")] = False,
     out: Annotated[Path, typer.Option(help="JSON file to write")] = Path("runs/bench/costs.json"),
     json_: Json = False,
@@ -125,8 +128,9 @@ def _numbers(text: str) -> list[int]:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         numbers = [0]
-    if min(numbers) < 1:
-        raise InputError(f"--devices {text}", allowed="whole numbers such as 16,32", code="bad-devices")
+    if not all(1 <= number <= MOST_DEVICES for number in numbers):
+        allowed = f"whole numbers such as 16,32, each 1 to {MOST_DEVICES}"
+        raise InputError(f"--devices {text[:100]}", allowed=allowed, code="bad-devices")
     return numbers
 
 

@@ -161,7 +161,7 @@ def case_tables(rows: list[Row]) -> str:
         "Token accuracy, %:",
         _table(rows, counts, same, "token_accuracy", ".2f", 100),
     ]
-    if any(row["test"].get("choice_accuracy") is not None for row in rows):
+    if any(_has(row, "choice_accuracy") for row in rows):
         parts += ["Multiple-choice accuracy, % (chance is near 25):", _table(rows, counts, same, "choice_accuracy", ".1f", 100)]
     for ours in OURS:
         if any(row_name(row) == ours for row in rows):
@@ -240,8 +240,17 @@ def _machine(hardware: Row) -> str:
 
 
 def _value(row: Row, key: str, text: str = "test") -> float:
-    found = row[text] if key == "choice_accuracy" else row[text]["mean_over_domains"]
-    return float(found[key])
+    value = _mean_over_domains(row[text], key)
+    assert value is not None
+    return value
+
+
+def _mean_over_domains(found: Row, key: str) -> float | None:
+    if key in found["mean_over_domains"]:
+        return found["mean_over_domains"][key]
+    # Results of before the choices had a mean of their own.
+    each = [values[key] for values in found.get("by_domain", {}).values() if values.get(key) is not None]
+    return mean(each) if each else None
 
 
 def _spread(values: Sequence[float], form: str, scale: float = 1.0) -> str:
@@ -291,7 +300,7 @@ def _table(rows: list[Row], counts: Sequence[int], names: Sequence[str], key: st
 
 
 def _has(row: Row, key: str) -> bool:
-    return row["test"].get(key) is not None if key == "choice_accuracy" else key in row["test"]["mean_over_domains"]
+    return _mean_over_domains(row["test"], key) is not None
 
 
 def _usual_seeds(rows: list[Row]) -> int:

@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +14,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from deepfusion import progress
@@ -61,14 +59,10 @@ def start(
     if certificate is None:
         line += f" --ca-sha256 {identity.certificate_digest(home.ca.read_bytes())}"
     with _alone(home), _services(home, out, host, port, certificate, certificate_key) as services, View(ledger, home) as view:
-        try:
-            view.wait(lambda: services.healthy() and _listens(host, port))  # a device that follows the line at once finds it open
-            progress.say(f"[server] on a device: {line} --data private.jsonl")
-            view.wait(lambda: services.healthy() and ledger.closed)
-            _make_model(config, out, ledger)
-        except KeyboardInterrupt:
-            progress.say("[server] stopped; the same command goes on with this run")
-            raise
+        view.wait(lambda: services.healthy() and _listens(host, port))  # a device that follows the line at once finds it open
+        progress.say(f"[server] on a device: {line} --data private.jsonl")
+        view.wait(lambda: services.healthy() and ledger.closed)
+        _make_model(config, out, ledger)
         if stay:
             progress.say("[server] the model is made; late uploads are kept until you press Ctrl-C")
             with suppress(KeyboardInterrupt):
@@ -231,22 +225,8 @@ def _services(home: Home, out: Path, host: str, port: int, certificate: Path | N
         "gateway": gateway,
         "coordinator": [sys.executable, "-m", "deepfusion.federation.coordinator", *common],
     }
-    with _interruptible(), _Services(commands, link.environment(), home.folder / "logs") as services:
+    with _Services(commands, link.environment(), home.folder / "logs") as services:
         yield services
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM ends the server as cleanly as Ctrl-C."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -136,9 +136,8 @@ def distill(
     with whole_folder(out) as part:
         student.eval().save_pretrained(part)
         tokenizer.save_pretrained(part)
-        who = "all proxies" if unit == "trunk" or settings.trunk_share == 1 else f"proxy {min(proxies)}"
         facts = {"architecture": type(student).__name__, "steps": steps, "documents": len(documents), "seed": config.seed}
-        text = f"A dense model distilled by DeepFusion from {who}: it becomes an expert of the MoE."
+        text = _about(unit, proxies, steps, start == out.parent / "trunk")
         write_model_card(part, unit.capitalize(), text, facts)
         if config.merge.router == "prototype" and unit != "trunk":
             # A proxy that knows no text best, as on finely mixed data, has no corner of its own: the middle of all text.
@@ -149,6 +148,15 @@ def distill(
     if history:
         progress.say(f"[distill {unit}] loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}")
     return history[-1]["loss"] if history else None
+
+
+def _about(unit: str, proxies: dict[int, Path], steps: int, from_trunk: bool) -> str:
+    """What a student is, in the words of its card."""
+    use = "every base starts from it" if unit == "trunk" else "its FFNs become an expert of the MoE"
+    if not steps:
+        return f"A copy of the {'trunk' if from_trunk else 'dense model that it starts from'}, without any step of its own: {use}."
+    teachers = "all proxies" if unit == "trunk" else f"proxy {min(proxies)}"
+    return f"A dense model distilled by DeepFusion from {teachers}{', starting from the trunk' if from_trunk else ''}: {use}."
 
 
 def _prototype(student: PreTrainedModel, tokenizer: Any, documents: list[Document], config: Config) -> torch.Tensor:

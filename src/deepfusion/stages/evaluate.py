@@ -38,7 +38,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
         out: also holds units/, one finished measurement a file, from which a killed stage continues.
 
     Returns:
-        The MoE's pooled numbers and its comparison with the references.
+        The MoE's means over the domains and its comparison with the references.
 
     Raises:
         InputError: data or models that cannot be read.
@@ -61,8 +61,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     }
     report["comparison"] = _comparison(report)
     _write_json(out / "evaluation.json", report)
-    shown = ("log_perplexity", "bits_per_byte", "token_accuracy", "choice_accuracy")
-    return {"moe": moe and {key: moe["metrics"][key] for key in shown}, "comparison": report["comparison"]}
+    means = moe and {"mean_over_domains": moe["metrics"]["mean_over_domains"]}
+    return {"moe": means, "comparison": report["comparison"]}
 
 
 class _Plan:
@@ -87,12 +87,10 @@ class _Plan:
             self._add(name, inputs.get(name), self.domains)
         for cluster in self.clusters:
             number, members = cluster["id"], [self.home[device] for device in cluster["devices"]]
-            self._add(f"proxy-{number}", _below(inputs, "proxies", number), [*members, self.cluster_domain[number]])
-        for index, entry in enumerate(self.devices):
-            device = entry["device"]
+            self._add(f"proxy {number}", _below(inputs, "proxies", number), [*members, self.cluster_domain[number]])
+        for device in self.home:
             clusters = [self.cluster_domain[c["id"]] for c in self.clusters if device in c["devices"]]
-            # Numbered, not named: ids come from uploads and these names become file names.
-            self._add(f"device-{index}", _below(inputs, "uploads", device), [self.home[device], *clusters])
+            self._add(f"device {device}", _below(inputs, "uploads", device), [self.home[device], *clusters])
 
     def _held(self, examples: list[Example]) -> Counter[str]:
         return Counter(example.domain for example in examples if example.domain in self.domains)
@@ -105,6 +103,7 @@ class _Plan:
 
 
 def measure(
+    name: str,
     unit: Path,
     folder: Path,
     examples: list[Example],
@@ -115,6 +114,10 @@ def measure(
     routers: bool,
 ) -> dict[str, Any]:
     """Measure one model, or read what an earlier attempt measured; the work of one process.
+
+    Args:
+        name: what people call the model, such as "device bank-1".
+        unit: JSON file of the result.
 
     Returns:
         {"metrics": as `evaluate_model`, "expert_use": as `expert_use`, or None without `routers`}
@@ -130,10 +133,10 @@ def measure(
         use = expert_use(model, tokenizer, few, batch_size=batch_size, max_chars=max_chars)
     result = {"metrics": metrics, "expert_use": use}
     _write_json(unit, result)
+    means, domains = metrics["mean_over_domains"], list(metrics["by_domain"])
     progress.say(
-        f"[evaluate] {unit.stem}: {metrics['bits_per_byte']:.3f} bits per byte, "
-        f"{metrics['log_perplexity']:.3f} nats per token, "
-        f"token accuracy {metrics['token_accuracy']:.1%} on {', '.join(metrics['by_domain'])}"
+        f"[evaluate {name}] {means['bits_per_byte']:.3f} bits per byte, {means['log_perplexity']:.3f} nats per token, "
+        f"token accuracy {means['token_accuracy']:.1%} on {', '.join(domains)}{' (mean over domains)' if len(domains) > 1 else ''}"
     )
     return result
 
@@ -141,7 +144,8 @@ def measure(
 def _measure_all(config: Config, plan: _Plan, test: list[Example], units: Path) -> dict[str, dict[str, Any]]:
     jobs = [
         {
-            "unit": units / f"{name}.json",
+            "name": name,
+            "unit": units.joinpath(*name.split(" ", 1)) / "measured.json",  # an id may be as long as a file name can be
             "folder": folder,
             "examples": [example for example in test if example.domain in plan.wanted[name]],
             "batch_size": config.evaluate.batch_size,
@@ -193,8 +197,8 @@ def capped(examples: list[Example], limit: int | None, seed: int) -> list[Exampl
 def _best_devices(plan: _Plan, measured: dict[str, dict[str, Any]]) -> dict[str, Metrics] | None:
     """For each domain the device at home there with the fewest bits per byte; devices differ in tokenizer."""
     best: dict[str, Metrics] = {}
-    for index, entry in enumerate(plan.devices):
-        found = _metrics(measured, f"device-{index}")
+    for entry in plan.devices:
+        found = _metrics(measured, f"device {entry['device']}")
         home = plan.home[entry["device"]]
         for domain, values in found["by_domain"].items() if found else ():
             at_home = home in (None, domain)
@@ -206,7 +210,7 @@ def _best_devices(plan: _Plan, measured: dict[str, dict[str, Any]]) -> dict[str,
 def _proxies(plan: _Plan, measured: dict[str, dict[str, Any]]) -> dict[str, Metrics] | None:
     proxies = {}
     for cluster in plan.clusters:
-        found = _metrics(measured, f"proxy-{cluster['id']}")
+        found = _metrics(measured, f"proxy {cluster['id']}")
         if found:
             about = {
                 "type": cluster["type"],
@@ -219,11 +223,10 @@ def _proxies(plan: _Plan, measured: dict[str, dict[str, Any]]) -> dict[str, Metr
 
 def _against_members(plan: _Plan, measured: dict[str, dict[str, Any]]) -> list[dict[str, Any]] | None:
     """Each proxy and its best member in nats per token on the cluster's domain: one model type, so they compare."""
-    names = {entry["device"]: f"device-{index}" for index, entry in enumerate(plan.devices)}
     rows = []
     for cluster in plan.clusters:
-        proxy = _metrics(measured, f"proxy-{cluster['id']}")
-        members = [found for device in cluster["devices"] if (found := _metrics(measured, names[device]))]
+        proxy = _metrics(measured, f"proxy {cluster['id']}")
+        members = [found for device in cluster["devices"] if (found := _metrics(measured, f"device {device}"))]
         if proxy and members:
             domain = _domain(plan, cluster["id"], proxy)
             own = proxy["by_domain"][domain]["log_perplexity"]
@@ -259,7 +262,8 @@ def _difference(moe: Metrics | None, other: Metrics | None) -> dict[str, float] 
     """Means over the domains, MoE minus other (same tokenizer): losses below 0, accuracies above 0 favour the MoE."""
     if not moe or not other:
         return None
-    return {key: value - other["mean_over_domains"][key] for key, value in moe["mean_over_domains"].items()}
+    theirs = other["mean_over_domains"]
+    return {key: value - theirs[key] for key, value in moe["mean_over_domains"].items() if value is not None}
 
 
 def _ratio_to_proxies(moe: Metrics | None, proxies: dict[str, Metrics] | None) -> float | None:

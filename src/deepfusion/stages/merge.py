@@ -74,8 +74,7 @@ def write_moe(config: Config, folders: list[Path], prototypes: bool, merged: Pat
     _save_generation_config(folders[0], target, merged)
     copy_tokenizer(folders[0], merged)
     count = parameter_count(target)
-    text = "A Mixture-of-Experts model merged by DeepFusion: an expert is the FFN of a dense base, the rest their mean."
-    write_model_card(merged, f"Merged {config.family}", text, _facts(shape, count))
+    write_model_card(merged, f"Merged {config.family}", _about(shape, folders), _facts(shape, count))
     return {
         "experts": shape.routed,
         "top_k": shape.split * shape.top_k,
@@ -83,6 +82,13 @@ def write_moe(config: Config, folders: list[Path], prototypes: bool, merged: Pat
         "active_parameters": count["active"],
         "digest": folder_digest(merged),
     }
+
+
+def _about(shape: MoELayout, folders: list[Path]) -> str:
+    part = "the FFN" if shape.split == 1 else f"one of {shape.split} slices of the FFN"
+    if len(set(folders)) == 1:
+        return f"A Mixture-of-Experts model made by DeepFusion of one dense base: every expert is {part} of it, the rest its own."
+    return f"A Mixture-of-Experts model merged by DeepFusion: an expert is {part} of a dense base, the rest the mean of the bases."
 
 
 def _facts(shape: MoELayout, count: dict[str, int]) -> dict[str, object]:

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from deepfusion import models, progress
 from deepfusion.adapters import ADAPTER_CONFIG, open_adapter
+from deepfusion.artefacts import cell, counted
 from deepfusion.checkpoints import TensorWriter, copy_tokenizer, mean_of, whole_folder
 from deepfusion.compact import DELTA, Compact, open_whole
 from deepfusion.config import Config
@@ -142,12 +143,15 @@ def _describe(cluster: dict[str, Any], registry: dict[str, Any], weights: list[f
     members = [registry[name] for name in cluster["devices"]]
     shares = [f"{weight / sum(weights):.1%}" for weight in weights]
     rows = "\n".join(
-        f"| {e['device']} | {e['method']} | {e['tokens']} | {share} |" for e, share in zip(members, shares, strict=True)
+        f"| {cell(e['device'])} | {e['method'] if e['tokens'] else 'unknown'} | {counted(e['tokens'])} | {share} |"
+        for e, share in zip(members, shares, strict=True)
     )
+    kind = cell(cluster["type"])
+    several = f"The element-wise weighted mean of {len(members)} models of type {kind}"
+    made = several if len(members) > 1 else f"The one model of its cluster, of type {kind}"
     (folder / "README.md").write_text(
-        f"# Proxy {cluster['id']}\n\n"
-        f"The element-wise weighted mean of {len(members)} models of type {cluster['type']}, made by DeepFusion: "
-        f"a teacher of phase II.\n\n| device | method | private tokens | weight |\n|---|---|---|---|\n{rows}\n",
+        f"# Proxy {cluster['id']}\n\n{made}, made by DeepFusion: a teacher of phase II.\n\n"
+        f"| model of | method | private tokens | weight |\n|---|---|---|---|\n{rows}\n",
         "utf-8",
     )
     (folder / "proxy.json").write_text(json.dumps(lineage, indent=1), "utf-8")

@@ -15,7 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from deepfusion.artefacts import write_final_card
+from deepfusion.artefacts import counted, write_final_card
 from deepfusion.charts import grouped_bars, heat_map, line_chart
 from deepfusion.config import Config
 
@@ -40,7 +40,8 @@ METRICS = {
     "choice_accuracy": (
         "Multiple-choice accuracy",
         ".1%",
-        "Higher is better. The option of the highest likelihood per byte is the model's choice.",
+        "Higher is better. The option of the highest likelihood per byte is the model's choice; evaluation.json also has acc and "
+        "acc_norm as lm-evaluation-harness defines them.",
     ),
 }
 # These compare models whatever their tokenizers.
@@ -87,7 +88,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
 def render(folder: Path) -> str:
     """The page as HTML; names that came with uploads are escaped."""
     environment = Environment(loader=PackageLoader("deepfusion", "stages"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"size": _size, "duration": _duration, "signed": _signed}
+    environment.filters |= {"size": _size, "duration": _duration, "signed": _signed, "counted": counted}
     evaluation, manifest = _read(folder / "evaluation.json"), _read(folder / "manifest.json")
     registry, clusters = _read(folder / "registry.json"), _read(folder / "clusters.json")
     models = compared(evaluation)
@@ -272,7 +273,8 @@ def _facts(config: str | None, registry: Any, manifest: Json | None) -> list[str
     if values.get("family"):
         facts.append(f"{values.get('experts')} experts of {values['family']}, top {values.get('top_k')}")
     if registry:
-        facts.append(f"{len(registry)} devices")
+        prepared = any(entry.get("tokens") for entry in registry)
+        facts.append(f"{len(registry)} {'devices' if prepared else 'given checkpoints'}")
     if "seed" in values:
         facts.append(f"seed {values['seed']}")
     return [*facts, f"deepfusion {manifest['version']}"] if manifest and manifest.get("version") else facts

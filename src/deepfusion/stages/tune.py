@@ -43,8 +43,6 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     write_final_card(config, inputs["run"], moe / "final")
     if not config.tune.control:
         return {"final": summaries[0]}
-    facts = {"documents": "public text without samples of the proxies", "steps": config.tune.steps, "seed": config.seed}
-    write_model_card(moe / "control", "Control", "The same MoE with the public base as every expert; no device taught it.", facts)
     return dict(zip(names, summaries, strict=True))
 
 
@@ -105,5 +103,8 @@ def tune(
     with whole_folder(out) as part:
         student.eval().to(models.read_config(start).dtype).save_pretrained(part)
         tokenizer.save_pretrained(part)
+        if unit == "control":  # the card of the MoE tells of the whole run
+            facts = {"public documents without samples of the proxies": len(documents), "steps": steps, "seed": config.seed}
+            write_model_card(part, "Control", "The same MoE with the public base as every expert; no device taught it.", facts)
     shutil.rmtree(work, ignore_errors=True)
     return {key: value for key, value in history[-1].items() if key != "learning_rate"} if history else {}
