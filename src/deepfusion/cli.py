@@ -137,7 +137,7 @@ def status(run: Run, json_: Json = False) -> None:
         state["devices"] = device_states(run)
     if json_:
         return _print_json(state)
-    table = Table("stage", "status", "time", "peak memory", title=str(run))
+    table = Table("stage", "status", "time", "peak memory", title=escape(str(run)))
     for stage in state["stages"]:
         seconds, memory = stage["seconds"], stage["peak_rss_bytes"]
         table.add_row(

@@ -22,7 +22,20 @@ from deepfusion.errors import InputError
 # What a shell reports of a program that a signal has ended: 128 and its number (SIGINT, SIGPIPE, SIGTERM).
 INTERRUPTED, CLOSED, TERMINATED = 130, 141, 143
 
-_PLAIN = {"–": "-", "—": "-", "−": "-", "…": "...", "×": "x", "→": "->", "“": '"', "”": '"', "‘": "'", "’": "'"}
+_PLAIN = {
+    "–": "-",
+    "—": "-",
+    "−": "-",
+    "…": "...",
+    "×": "x",
+    "→": "->",
+    "±": "+/-",
+    "·": "-",
+    "“": '"',
+    "”": '"',
+    "‘": "'",
+    "’": "'",
+}
 _terminated = False
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import string
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from deepfusion.data import Example, encode
+from deepfusion.data import Example, encode, windows
 from deepfusion.errors import InputError
 from deepfusion.metrics import bits_per_byte_of_each, context_limit, evaluate_model, expert_use
 from deepfusion.rows import Turn, conversation
@@ -210,6 +211,30 @@ def test_expert_use_shows_a_router_that_always_chooses_the_same(tokenizer: PreTr
         model.model.layers[1].mlp.gate.weight[2, 0] = model.model.layers[1].mlp.gate.weight[3, 0] = 1.0
     for layers in expert_use(model, tokenizer, EXAMPLES).values():
         assert layers[1] == pytest.approx([0, 0, 0.5, 0.5])
+
+
+@pytest.mark.parametrize("bad", [{"max_chars": 0}, {"max_chars": -5}, {"batch_size": 0}, {"batch_size": -1}, {"max_chars": 1.5}])
+def test_numbers_without_sense_end_at_once(
+    bad: dict[str, Any], silent: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    for measure in (evaluate_model, expert_use):
+        with pytest.raises(InputError, match=next(iter(bad))):
+            measure(silent, tokenizer, EXAMPLES, **bad)
+    if "batch_size" in bad:
+        with pytest.raises(InputError, match="batch_size"):
+            bits_per_byte_of_each(silent, tokenizer, EXAMPLES, **bad)
+    with pytest.raises(InputError, match="max_chars"):
+        windows(EXAMPLES[0], min(int(bad.get("max_chars", 0)), 0))
+
+
+def test_the_mean_over_domains_counts_each_domain_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = make_model("llama", seed=5).eval()
+    found = evaluate_model(model, tokenizer, [*EXAMPLES, *QUESTIONS, Example("", TEXT[1] * 3, "long")])
+    rows = found["by_domain"]
+    for key in ("log_perplexity", "bits_per_byte", "token_accuracy"):
+        assert found["mean_over_domains"][key] == pytest.approx(sum(row[key] for row in rows.values()) / len(rows))
+        assert found["mean_over_domains"][key] != pytest.approx(found[key], rel=1e-6)
+    assert found["mean_over_domains"]["choice_accuracy"] == rows["quiz"]["choice_accuracy"]  # the only domain with options
 
 
 def test_bad_input_is_named(tokenizer: PreTrainedTokenizerFast) -> None:

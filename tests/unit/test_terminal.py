@@ -19,7 +19,7 @@ import pytest
 import typer.main
 from pydantic import BaseModel
 
-from conftest import Outcome, overlay, write_config
+from conftest import Outcome, overlay, questions, sentences, write_config, write_rows
 from deepfusion import __version__, progress, terminal
 from deepfusion.cli import app, main
 from deepfusion.config import Config, load_config
@@ -176,6 +176,25 @@ def test_nothing_asked_shows_what_could_be(invoke: Callable[..., Outcome]) -> No
     assert done.code == 2
     assert "evaluate" in done.out + done.err
     assert "Traceback" not in done.err
+
+
+@pytest.mark.usefixtures("wide")
+def test_brackets_reach_the_terminal(invoke: Callable[..., Outcome]) -> None:
+    """What is printed in a table is no markup."""
+    assert "data.public=[in_domain,sampled]" in invoke("bench", "ablation").out
+
+
+def test_evaluate_names_both_means(zoo: dict[str, Path], tmp_path: Path, invoke: Callable[..., Outcome]) -> None:
+    rows = [*sentences("finance", 5), *sentences("medicine", 2), *questions(3)]
+    call = ("evaluate", zoo["mini-gpt2"], "--data", write_rows(tmp_path / "text.jsonl", rows))
+    found, shown = json.loads(invoke(*call, "--json").out), invoke(*call).out.splitlines()
+    lines = {name: next(line.split() for line in shown if line.strip().startswith(name)) for name in ("mean over", "over all")}
+    for name, values in (("mean over", found["mean_over_domains"]), ("over all", found)):
+        assert lines[name][3:6] == [
+            f"{values['log_perplexity']:.4f}", f"{values['bits_per_byte']:.4f}", f"{values['token_accuracy']:.2%}",
+        ]  # fmt: skip
+        assert lines[name][6:9] == [f"{values[key]:.2%}" for key in ("choice_accuracy", "acc", "acc_norm")]
+    assert lines["over all"][9] == str(found["tokens"])
 
 
 # Encodings ----------------------------------------------------------------------------------------------------------

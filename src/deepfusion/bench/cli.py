@@ -136,6 +136,7 @@ def _numbers(text: str) -> list[int]:
 
 def _print_ablations(json_: bool) -> None:
     import rich
+    from rich.markup import escape
     from rich.table import Table
 
     from deepfusion.bench.ablations import ABLATIONS
@@ -147,7 +148,7 @@ def _print_ablations(json_: bool) -> None:
     table = Table(*columns)
     table.columns[-1].overflow = "fold"  # a change that is cut off says nothing
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     rich.print(table)
 
 
