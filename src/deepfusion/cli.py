@@ -26,10 +26,10 @@ import yaml
 from rich.markup import escape
 from rich.table import Table
 
-from deepfusion import __version__
+from deepfusion import __version__, progress
 from deepfusion.bench.cli import bench_app
 from deepfusion.config import Config, explain, load_config, nearest_key
-from deepfusion.errors import InputError
+from deepfusion.errors import InputError, no_access
 
 app = typer.Typer(
     help="Fuse fine-tuned small language models of many devices into one Mixture-of-Experts model.",
@@ -510,11 +510,17 @@ def _print_outcome(run: Path, json_: bool) -> None:
 
 
 def main() -> None:
-    """Entry point; turns bad input into one line and exit code 2."""
+    """Entry point; turns bad input, and what the system refuses, into one line and exit code 2."""
     try:
         app()
     except InputError as error:
         print(f"deepfusion: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        refused = no_access(error, progress.attached())
+        if refused is None:
+            raise
+        print(f"deepfusion: {refused}", file=sys.stderr)
         sys.exit(2)
 
 
