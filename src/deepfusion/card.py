@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from deepfusion.config import Encoder, Encoding, Method
 from deepfusion.digests import sha256_file
 from deepfusion.errors import InputError
+from deepfusion.folders import claim_file, place_to_replace, work_key, write_whole
 
 CARD = "card.json"
 MAX_CARD_BYTES = 2**20
@@ -75,10 +77,65 @@ def write_card(folder: Path, card: Card) -> Card:
     """Hash all files of an upload and write its card, last and at once: a folder with a card is complete."""
     files = {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.name != CARD}
     card = card.model_copy(update={"files": files})
-    part = folder / f".{CARD}.part"
-    part.write_text(card.model_dump_json(indent=1), "utf-8")
-    os.replace(part, folder / CARD)
+    write_whole(folder / CARD, card.model_dump_json(indent=1))
     return card
+
+
+def claim_upload(folder: Path, inputs: Iterable[Path] = ()) -> Path:
+    """Where an upload folder goes, all links followed: nothing, an empty folder, or an upload that is there already.
+
+    Args:
+        inputs: files and folders that are read; none of them may lie there.
+
+    Raises:
+        InputError: as `folders.place_to_replace`, or there is something that is no upload (`not-ours`).
+    """
+    found = place_to_replace(folder, inputs)
+    names = {path.name: path for path in sorted(found.iterdir())} if found.is_dir() else {}
+    odd = [name for name, path in names.items() if not FILE_NAMES.fullmatch(name) or path.is_symlink() or not path.is_file()]
+    if names and not odd:
+        try:
+            read_card(found)
+        except InputError:
+            odd = list(names)
+    if odd:
+        what = f"the folder holds {odd[0]} and is no upload"
+        raise InputError(what, where=folder, fix="choose another --out", code="not-ours")
+    claim_file(_made_path(found), lambda text: text.startswith('{"request":'))
+    work_key(found.with_name(f".{found.name}.work"))
+    return found
+
+
+def note_made(folder: Path, request: str, made: Path) -> None:
+    """Note beside an upload folder what it was asked to be, for nothing of the private text may be said in it.
+
+    Args:
+        request: digest of the request.
+        made: where the finished upload lies now.
+    """
+    write_whole(_made_path(folder), json.dumps({"request": request, "card": sha256_file(made / CARD)}) + "\n")
+
+
+def check_made(folder: Path, request: str) -> None:
+    """Check that a finished upload is the answer to a request.
+
+    Raises:
+        InputError: it was made by another one, or elsewhere (`another-upload`).
+    """
+    if _made(folder) != {"request": request, "card": sha256_file(folder / CARD)}:
+        what = "a finished upload lies there, made of other data, by other settings or elsewhere"
+        raise InputError(what, where=folder, fix="choose another --out, or remove this folder", code="another-upload")
+
+
+def _made_path(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.made.json")
+
+
+def _made(folder: Path) -> object:
+    try:
+        return json.loads(_made_path(folder).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def read_card(folder: Path) -> Card:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from deepfusion.errors import InputError
+from deepfusion.folders import sync
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -206,7 +206,7 @@ class TensorWriter:
             os.replace(self._shards[0][0], self.folder / WEIGHTS)
         else:
             self._write_index()
-        _fsync(self.folder)
+        sync(self.folder)
 
     def __enter__(self) -> TensorWriter:
         return self
@@ -221,7 +221,7 @@ class TensorWriter:
     def _flush(self) -> None:
         path = self.folder / f"shard-{len(self._shards) + 1:05d}.part"
         save_file(self._pending, path, metadata={"format": "pt"})
-        _fsync(path)
+        sync(path)
         self._shards.append((path, list(self._pending)))
         self._pending = {}
         self._pending_bytes = 0
@@ -234,7 +234,7 @@ class TensorWriter:
             weight_map.update(dict.fromkeys(names, final))
         index = {"metadata": {"total_size": self._total_bytes, "format": "pt"}, "weight_map": weight_map}
         (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        _fsync(self.folder / INDEX)
+        sync(self.folder / INDEX)
 
 
 def check_same_tensors(readers: Sequence[TensorReader]) -> None:
@@ -286,17 +286,6 @@ def mean_of(tensors: Iterable[torch.Tensor], weights: Sequence[float], dtype: to
     return (origin + shift / len(weights)).to(dtype)
 
 
-@contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `target` when the block ends, and never half-written."""
-    part = target.with_name(f".{target.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    yield part
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(part, target)
-
-
 def numbered(folder: Path) -> list[Path]:
     """The checkpoints 0, 1, ... in a folder, in this order."""
     return sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
@@ -321,11 +310,3 @@ def copy_tokenizer(src: Path | str, dst: Path | str) -> list[str]:
     for path in files:
         shutil.copyfile(path, Path(dst) / path.name)
     return [path.name for path in files]
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

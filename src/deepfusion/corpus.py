@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from deepfusion import progress
 from deepfusion.config import Config
 from deepfusion.data import Example, Splits, overlap, windows
 from deepfusion.errors import InputError
+from deepfusion.folders import write_whole
 from deepfusion.jobs import run_jobs
 from deepfusion.metrics import bits_per_byte_of_each, context_limit
 from deepfusion.models import load_model, load_tokenizer
@@ -108,9 +108,7 @@ def write_corpus(documents: list[Document], path: Path) -> None:
         | {"teacher": d.teacher, "source": d.source}
         for d in documents
     ]
-    temporary = path.with_suffix(".part")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-    os.replace(temporary, path)
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_corpus(path: Path) -> list[Document]:
@@ -163,9 +161,7 @@ def _sample_once(cache: Path, **arguments: Any) -> list[str]:
     if cache.is_file():
         return json.loads(cache.read_text("utf-8"))
     texts = sample_texts(**arguments)
-    temporary = cache.with_suffix(".part")
-    temporary.write_text(json.dumps(texts), "utf-8")
-    os.replace(temporary, cache)
+    write_whole(cache, json.dumps(texts))
     return texts
 
 

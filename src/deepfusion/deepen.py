@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GenerationConfig
 
-from deepfusion.checkpoints import copy_tokenizer, whole_folder
+from deepfusion.checkpoints import copy_tokenizer
+from deepfusion.digests import checkpoint_digest
+from deepfusion.folders import whole_folder
 
 _BLOCK = re.compile(r"(.*\.h\.)(\d+)(\..*)")
 _OUTPUT = re.compile(r".*\.c_proj\.(weight|bias)")
@@ -44,9 +46,9 @@ def deepen(source: Path, target: Path) -> Path:
 
 
 def cached(source: Path, name: str) -> Path:
-    """The deepened checkpoint in the user's cache, made once; several processes may ask for it at the same time."""
+    """The deepened checkpoint of this very source in the user's cache, made once; several processes may ask at the same time."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "deepfusion"
-    folder = cache / name
+    folder = cache / f"{name}-{checkpoint_digest(source)[:16]}"
     if not (folder / "config.json").is_file():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as own:

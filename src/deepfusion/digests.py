@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 
 from deepfusion.errors import InputError
@@ -12,6 +13,21 @@ def sha256_file(path: Path | str) -> str:
     """SHA-256 of a file as 64 hex digits, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checkpoint_digest(folder: Path | str) -> str:
+    """SHA-256 over the names and contents of the files of a checkpoint: weights, config, tokenizer; 64 hex digits.
+
+    Its model card only tells about them, and folders in it (an output, perhaps) are not part of it.
+    """
+    files = sorted(path for path in Path(folder).iterdir() if path.is_file() and path.name != "README.md" and path.name[0] != ".")
+    found = [(path, path.stat()) for path in files]
+    return _digest_of(tuple((path, stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in found))
+
+
+@lru_cache  # a run asks for each of its stages
+def _digest_of(files: tuple[tuple[Path, int, int, int], ...]) -> str:
+    return hashlib.sha256("".join(f"{path.name}\0{sha256_file(path)}\n" for path, *_ in files).encode()).hexdigest()
 
 
 def folder_digest(folder: Path | str) -> str:

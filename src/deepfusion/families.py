@@ -51,6 +51,7 @@ from transformers import (
 
 from deepfusion.checkpoints import TensorReader, TensorWriter, check_same_tensors, copy_tokenizer, mean_tensor
 from deepfusion.errors import InputError
+from deepfusion.folders import place_to_replace, whole_folder
 
 FAMILIES = ("qwen2_moe", "qwen3_moe", "deepseek", "deepseek_v2", "deepseek_v3")
 _CLASSES: dict[str, tuple[type[PretrainedConfig], str]] = {
@@ -327,9 +328,11 @@ def export_deepseek_v1(moe_folder: Path | str, out: Path | str) -> None:
     """Rewrites a merged or tuned MoE of family `deepseek` in the native DeepSeek-MoE v1 layout, which vLLM loads.
 
     Raises:
-        InputError: the checkpoint is of another family, or its shared experts' gates were trained.
+        InputError: the checkpoint is of another family, or its shared experts' gates were trained; `out` is not empty.
     """
-    moe_folder, out = Path(moe_folder), Path(out)
+    moe_folder, out = Path(moe_folder), place_to_replace(Path(out), [Path(moe_folder)])
+    if out.is_dir() and any(out.iterdir()):
+        raise InputError("the folder is not empty", where=out, fix="choose another one", code="not-ours")
     config = AutoConfig.from_pretrained(moe_folder)
     head = config.hidden_size // config.num_attention_heads  # v1 knows no other size of a head
     if (
@@ -346,17 +349,20 @@ def export_deepseek_v1(moe_folder: Path | str, out: Path | str) -> None:
             allowed="2 or more",
             code="export-top-k",
         )
-    with TensorReader(moe_folder) as reader, TensorWriter(out) as writer:
-        for name in reader.names():
-            tensor = reader.get(name)
-            if name.endswith(".shared_expert_gate.weight"):
-                if tensor.any():
-                    raise InputError("the shared expert's gate was trained", where=name, fix="keep it frozen", code="export-gate")
-            elif tensor.numel():
-                halve = name.endswith(".shared_expert.down_proj.weight")  # the gate's sigmoid(0) is gone
-                writer.add(name.replace(".shared_expert.", ".shared_experts."), tensor * 0.5 if halve else tensor)
-    (out / "config.json").write_text(json.dumps(_deepseek_v1_config(config), indent=2, sort_keys=True) + "\n")
-    copy_tokenizer(moe_folder, out)
+    with whole_folder(out) as part:
+        with TensorReader(moe_folder) as reader, TensorWriter(part) as writer:
+            for name in reader.names():
+                tensor = reader.get(name)
+                if name.endswith(".shared_expert_gate.weight"):
+                    if tensor.any():
+                        raise InputError(
+                            "the shared expert's gate was trained", where=name, fix="keep it frozen", code="export-gate"
+                        )
+                elif tensor.numel():
+                    halve = name.endswith(".shared_expert.down_proj.weight")  # the gate's sigmoid(0) is gone
+                    writer.add(name.replace(".shared_expert.", ".shared_experts."), tensor * 0.5 if halve else tensor)
+        (part / "config.json").write_text(json.dumps(_deepseek_v1_config(config), indent=2, sort_keys=True) + "\n")
+        copy_tokenizer(moe_folder, part)
 
 
 def _deepseek_v1_config(config: PretrainedConfig) -> dict[str, object]:

@@ -33,7 +33,7 @@ from transformers.integrations.moe import ExpertsInterface
 from transformers.pytorch_utils import Conv1D
 
 from deepfusion import deepen
-from deepfusion.digests import folder_digest
+from deepfusion.digests import checkpoint_digest, folder_digest
 from deepfusion.errors import InputError
 from deepfusion.losses import BLOCK_ELEMENTS
 from deepfusion.tiny import FOLDER as TINY
@@ -149,6 +149,17 @@ def parameter_total(config: PretrainedConfig) -> int:
 def base_digest(type: str) -> str:
     """Digest of the weights of a public checkpoint, 64 hex digits; devices of one type must start from equal ones."""
     return folder_digest(resolve(type))
+
+
+def local_digest(type: str) -> str:
+    """Digest of all files of a public checkpoint that is a folder here or comes with the package; empty for one of the hub.
+
+    Raises:
+        InputError: no such folder or preset.
+    """
+    preset = PRESETS.get(type)
+    here = preset.hub is None if preset else Path(type).expanduser().exists()
+    return checkpoint_digest(resolve(type)) if here else ""
 
 
 def model_config(type: str) -> PretrainedConfig:

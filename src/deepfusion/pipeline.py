@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -12,10 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,9 +25,10 @@ import torch
 
 from deepfusion import __version__, families, jobs, models, progress
 from deepfusion.config import Config, config_digest, save_config
-from deepfusion.digests import sha256_file
+from deepfusion.digests import checkpoint_digest, sha256_file
 from deepfusion.errors import InputError
-from deepfusion.sources import local_files
+from deepfusion.folders import LOCK, claim_run, is_run, locked, make, open_work, remove, sync, write_whole
+from deepfusion.inputs import data_files, device_types, local_inputs
 from deepfusion.stages import cluster, device, distill, evaluate, merge, proxy, receive, registry, report, tune
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "tokenizers", "scikit-learn", "numpy")
@@ -42,6 +43,7 @@ class Stage:
         inputs: by name, what it reads of the run folder.
         outputs: what it adds to the run folder.
         keys: the config keys that its result depends on.
+        checkpoints: which public checkpoints it reads: `types` of devices, `base` of distillation.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Stage:
     inputs: dict[str, str]
     outputs: tuple[str, ...]
     keys: tuple[str, ...]
+    checkpoints: tuple[str, ...] = ()
 
 
 _SPLIT_KEYS = (
@@ -58,23 +61,24 @@ _SPLIT_KEYS = (
 _TEXT_KEYS = ("data.max_chars", "data.prompt_loss_weight", "precision")
 
 STAGES = (
-    Stage("device", device.run, {}, ("uploads", "transport.json"), (*_SPLIT_KEYS, *_TEXT_KEYS, "device")),
+    Stage("device", device.run, {}, ("uploads", "transport.json"), (*_SPLIT_KEYS, *_TEXT_KEYS, "device"), ("types",)),
     Stage(
         "registry", registry.run, {"uploads": "uploads"}, ("registry.json", "rejected.json"),
-        ("devices", "device.types", "federation"),
+        ("devices", "device.types", "federation"), ("types",),
     ),
     Stage("cluster", cluster.run, {"registry": "registry.json"}, ("clusters.json",), ("seed", "experts", "clustering")),
     Stage(
         "proxy", proxy.run,
         {"uploads": "uploads", "registry": "registry.json", "clusters": "clusters.json"}, ("proxies",), ("clustering.average",),
+        ("types",),
     ),
     Stage(
         "distill", distill.run, {"proxies": "proxies"}, ("bases",),
-        (*_SPLIT_KEYS, *_TEXT_KEYS, "data", "family", "experts", "distill", "merge.router"),
+        (*_SPLIT_KEYS, *_TEXT_KEYS, "data", "family", "experts", "distill", "merge.router"), ("base",),
     ),
     Stage(
         "merge", merge.run, {"bases": "bases"}, ("moe/merged", "moe/untaught"),
-        ("seed", "family", "experts", "top_k", "merge", "distill.base"),
+        ("seed", "family", "experts", "top_k", "merge", "distill.base"), ("base",),
     ),
     Stage(
         "tune", tune.run,
@@ -87,11 +91,12 @@ STAGES = (
         {"moe": "moe/final", "control": "moe/control", "uploads": "uploads", "registry": "registry.json",
          "clusters": "clusters.json", "proxies": "proxies", "bases": "bases"},
         ("evaluation.json",), (*_SPLIT_KEYS, "data.max_chars", "precision", "family", "distill.base", "evaluate"),
+        ("types", "base"),
     ),
     Stage("report", report.run, {"evaluation": "evaluation.json"}, ("report",), ()),
 )  # fmt: skip
 NAMES = tuple(stage.name for stage in STAGES)
-_BEFORE_A_RUN = ("config.yaml", "federation", "log.txt")  # a server writes these while it waits for uploads
+_DEVICES = "devices"  # where uploads come from, unless they were given
 _REDONE = ("report",)  # cheap, and it shows the seconds of all others
 
 
@@ -129,14 +134,19 @@ def run(
             raise InputError(f"there is no stage {name}", allowed=", ".join(NAMES), code="unknown-stage")
     if first and last and NAMES.index(first) > NAMES.index(last):
         raise InputError(f"--from {first} comes after --until {last}", allowed=" -> ".join(NAMES), code="unknown-stage")
-    with _locked(out):
+    given_paths = [Path(path) for stage in instead for path in stage.inputs.values() if os.path.isabs(path)]
+    shown, out = out, claim_run(out, [*local_inputs(config), *given_paths])
+    make(out)
+    busy = InputError("another process works in this run folder", where=out, fix="wait for it", code="run-busy")
+    with locked(out / LOCK, busy):
         manifest = _open_manifest(out, config)
         _refuse_another_federation(manifest, stages[0], config, out, first)
         _check_feasible(config, out)
+        _write_manifest(out, manifest)  # from here on the folder is ours
         save_config(config, out / "config.yaml")
         progress.attach(out)
         about = f"recipe {config.recipe}, {config.experts} experts of {config.family}"
-        progress.say(f"deepfusion {__version__}: {about}, run folder {out}")
+        progress.say(f"deepfusion {__version__}: {about}, run folder {shown}")
         redo = False
         for stage in stages:
             redo = redo or stage.name == first
@@ -144,7 +154,7 @@ def run(
             entry = manifest["stages"].get(stage.name, {})
             fresh = entry.get("status") == "done" and entry.get("key") == key and not redo
             if fresh and stage.name not in _REDONE and all((out / path).exists() for path in entry["digests"]):
-                shutil.rmtree(out / ".work" / stage.name, ignore_errors=True)  # of a run that was killed while it cleaned up
+                remove(out / ".work" / stage.name)  # of a run that was killed while it cleaned up
                 progress.say(f"[{stage.name}] unchanged, done in {progress.duration(entry['seconds'])} before")
             else:
                 _run_stage(stage, config, out, key, manifest, redo=stage.name == first)
@@ -163,12 +173,15 @@ def read_manifest(out: Path) -> dict[str, Any]:
     """
     path = out / "manifest.json"
     try:
-        return json.loads(path.read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8"))
     except OSError:
         fix = "deepfusion run --out RUN makes one"
         raise InputError("not a run folder (no manifest.json)", where=out, fix=fix, code="no-run") from None
     except ValueError as error:
         raise InputError(f"not valid JSON ({error})", where=path, code="no-run") from None
+    if not is_run(out):
+        raise InputError("not the manifest of a run", where=path, fix="deepfusion run --out RUN makes one", code="no-run")
+    return found
 
 
 def status(out: Path) -> dict[str, Any]:
@@ -182,14 +195,13 @@ def status(out: Path) -> dict[str, Any]:
 
 def _run_stage(stage: Stage, config: Config, out: Path, key: str, manifest: dict[str, Any], redo: bool) -> None:
     work = out / ".work" / stage.name
-    marker = work / "key"
-    if redo or not marker.is_file() or marker.read_text("utf-8") != key:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        _write(marker, key)
-    else:
+    if open_work(work, key, anew=redo):
         progress.say(f"[{stage.name}] continues")
-    entry: dict[str, Any] = {"status": "running", "key": key, "seconds": None, "peak_rss_bytes": None}
+    before = manifest["stages"].get(stage.name, {})
+    # What stands here is what we made: whatever is otherwise at its place was changed, and is nothing to remove.
+    known: list[dict[str, str]] = [*before.get("known", []), *([before["digests"]] if before.get("digests") else [])]
+    entry: dict[str, Any] = {"status": "running", "key": key, "seconds": None, "peak_rss_bytes": None, "known": known}
+    entry["source"] = _source(stage)
     manifest["stages"][stage.name] = entry
     _write_manifest(out, manifest)
     inputs = {name: out / path for name, path in stage.inputs.items()}
@@ -201,24 +213,30 @@ def _run_stage(stage: Stage, config: Config, out: Path, key: str, manifest: dict
             with _Watch(work / "seconds", spent) as watch:
                 (work / "out").mkdir(exist_ok=True)
                 summary = stage.run(config, inputs, work / "out")
-        except InputError:
+        except (InputError, OSError):
             entry["status"] = "failed"
-            _write_manifest(out, manifest)
+            with suppress(OSError):  # a full disk is said by the error that comes
+                _write_manifest(out, manifest)
             raise
         _sync(work / "out")
         # From here on a killed run only has to move the outputs.
         made = [path for path in stage.outputs if (work / "out" / path).exists()]
-        _write(finished, json.dumps({"made": made, "summary": summary, "seconds": watch.seconds, "peak_rss_bytes": watch.peak}))
+        digests = {path: _digest(work / "out" / path) for path in made}
+        facts = {"digests": digests, "summary": summary, "seconds": watch.seconds, "peak_rss_bytes": watch.peak}
+        write_whole(finished, json.dumps(facts))
     found = json.loads(finished.read_text("utf-8"))
-    made = found.pop("made")
-    for path in stage.outputs:
-        if path not in made:
-            shutil.rmtree(out / path, ignore_errors=True)  # what an earlier config made
-        elif (work / "out" / path).exists():
-            _replace(work / "out" / path, out / path)
-    entry |= found | {"status": "done", "digests": {path: _digest(out / path) for path in made}}
+    known.append(found["digests"])  # a run that is killed among the lines below leaves some of these behind
     _write_manifest(out, manifest)
-    shutil.rmtree(work)
+    for path in stage.outputs:
+        if (work / "out" / path).exists() or path not in found["digests"]:  # what an earlier config made goes too
+            _retire(out, path, work, known)
+        if (work / "out" / path).exists():
+            (out / path).parent.mkdir(parents=True, exist_ok=True)
+            os.rename(work / "out" / path, out / path)
+    del entry["known"]
+    entry |= found | {"status": "done"}
+    _write_manifest(out, manifest)
+    remove(work)
     memory = f"{entry['peak_rss_bytes'] / 2**30:.1f} GiB"
     progress.say(f"[{stage.name}] done in {progress.duration(entry['seconds'])}, peak memory {memory}")
 
@@ -226,37 +244,53 @@ def _run_stage(stage: Stage, config: Config, out: Path, key: str, manifest: dict
 def _stage_key(stage: Stage, config: Config, out: Path) -> str:
     """Digest of everything that the result of a stage depends on."""
     parts = [stage.name, __version__, config_digest(config, *stage.keys) if stage.keys else ""]
+    if stage.name != "device":  # whose sources are told apart by their inputs and keys
+        parts.append(stage.run.__module__)
     parts += [f"{name}={_digest(out / path)}" for name, path in stage.inputs.items()]
     if "data.private" in stage.keys:
-        parts += [f"{path}={sha256_file(path)}" for path in local_files(_sources(config))]
+        parts += [f"{path}={sha256_file(path)}" for path in data_files(config)]
+    if "types" in stage.checkpoints:
+        parts += [f"{type}={digest}" for type in device_types(config) if (digest := models.local_digest(type))]
+    if "base" in stage.checkpoints:
+        parts.append(f"base={checkpoint_digest(models.base_checkpoint(config.distill.base, config.family))}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _sources(config: Config) -> list[str]:
-    data = config.data
-    own = [device.data for device in config.devices if device.data] if isinstance(config.devices, list) else []
-    several = [data.private, *own, *([data.test] if isinstance(data.test, str) else [])]
-    names = [name for one in several for name in ([one] if isinstance(one, str) else one)]
-    names += [name for name in data.public if name not in ("in_domain", "generic", "sampled")]
-    return names + (data.generic if "generic" in data.public else [])
+def _source(stage: Stage) -> str:
+    """Where the stage takes its uploads from, for who looks at the manifest."""
+    return stage.inputs.get("given", _DEVICES)
+
+
+def _retire(out: Path, name: str, work: Path, known: list[dict[str, str]]) -> None:
+    """Takes an earlier output out of the way: to be removed with the work folder where it is as we made it, else to be kept."""
+    old = out / name
+    if not os.path.lexists(old):
+        return
+    if not old.is_symlink() and (_digest(old) in [made.get(name) for made in known] or report.is_report(old)):
+        aside = work / "old" / name
+        aside.parent.mkdir(parents=True, exist_ok=True)
+    else:
+        number = next(n for n in count(1) if not os.path.lexists(old.with_name(f"{old.name}.kept-{n}")))
+        aside = old.with_name(f"{old.name}.kept-{number}")
+        progress.say(f"{old} was changed since it was made here: it is kept as {aside.name}")
+    os.rename(old, aside)
 
 
 def _digest(path: Path) -> str:
     """Digest of a file, or of the names and contents of a folder; model cards only tell about what is beside them."""
     if path.is_file():
         return sha256_file(path)
-    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != "README.md")
+    files = sorted(p for p in path.rglob("*") if p.is_file() and not _is_model_card(p))
     lines = "".join(f"{p.relative_to(path)} {sha256_file(p)}\n" for p in files)
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def _is_model_card(path: Path) -> bool:
+    return path.name == "README.md" and (path.parent / "config.json").is_file()
+
+
 def _open_manifest(out: Path, config: Config) -> dict[str, Any]:
-    if (out / "manifest.json").is_file():
-        manifest = read_manifest(out)
-    else:
-        if any(path.name not in (".lock", *_BEFORE_A_RUN) for path in out.iterdir()):
-            raise InputError("the folder is not empty and no run folder", where=out, fix="choose another --out", code="not-a-run")
-        manifest = {"stages": {}}
+    manifest = read_manifest(out) if (out / "manifest.json").is_file() else {"stages": {}}
     return manifest | provenance() | {"seed": config.seed, "argv": sys.argv, "config_digest": config_digest(config)}
 
 
@@ -264,14 +298,20 @@ def _refuse_another_federation(manifest: dict[str, Any], stage: Stage, config: C
     entry = manifest["stages"].get(stage.name)
     if entry is None or first == stage.name or entry["key"] == _stage_key(stage, config, out):
         return
+    trained = entry.get("source", _DEVICES) == _DEVICES
+    if not trained and "given" in stage.inputs:
+        progress.say(f"[{stage.name}] the uploads are not those of the last run: they are taken again")
+        return  # copies of what lies elsewhere: nothing can be lost
     if not any(card for work in (out, out / ".work" / stage.name / "out") for card in work.glob("uploads/*/card.json")):
         return  # nothing was trained yet that could be lost
-    raise InputError(
-        "the run folder belongs to another config: its devices trained on other data, seeds or settings",
-        where=out,
-        fix=f"choose another --out, or --from {stage.name} to throw its uploads away",
-        code="another-run",
-    )
+    if trained and "given" in stage.inputs:
+        what = "the run folder holds uploads of devices of its own"
+    elif trained:
+        what = "the run folder belongs to devices that trained on other data, seeds, settings, checkpoints or versions"
+    else:
+        what = f"the run folder holds uploads that were taken from {entry['source']}"
+    fix = f"choose another --out, or --from {stage.name} to throw its uploads away"
+    raise InputError(what, where=out, fix=fix, code="another-run")
 
 
 def _check_feasible(config: Config, out: Path) -> None:
@@ -325,21 +365,6 @@ def _git_revision() -> str | None:
     return done.stdout.strip() or None
 
 
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")  # noqa: SIM115 - closed below; only opening it can fail for lack of rights
-    except OSError as error:
-        raise InputError(f"cannot write there ({error.strerror})", where=out, code="bad-out") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError("another process works in this run folder", where=out, fix="wait for it", code="run-busy") from None
-        yield
-
-
 class _Watch:
     """Seconds and peak resident memory of this process and its workers; the seconds survive a kill."""
 
@@ -372,38 +397,16 @@ class _Watch:
                 except psutil.Error:
                     continue
             self.peak = max(self.peak, total)
-            _write(self.file, str(self.seconds))
+            write_whole(self.file, str(self.seconds))
             if self.stop.wait(0.5):
                 return
 
 
 def _write_manifest(out: Path, manifest: dict[str, Any]) -> None:
-    _write(out / "manifest.json", json.dumps(manifest, indent=1))
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _replace(made: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.is_dir():
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(target, old)
-        os.rename(made, target)
-        shutil.rmtree(old)
-    else:
-        os.replace(made, target)
+    write_whole(out / "manifest.json", json.dumps(manifest, indent=1))
 
 
 def _sync(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            sync(path)

@@ -17,7 +17,7 @@ import typer.core
 import typer.main
 
 from deepfusion import progress
-from deepfusion.errors import InputError
+from deepfusion.errors import InputError, no_access
 
 # What a shell reports of a program that a signal has ended: 128 and its number (SIGINT, SIGPIPE, SIGTERM).
 INTERRUPTED, CLOSED, TERMINATED = 130, 141, 143
@@ -78,6 +78,11 @@ def run(command: Callable[[], object]) -> int:
         except SystemExit as end:
             # So typer and rich leave when nobody reads on; a defect of ours ends with a traceback.
             code = CLOSED if end.code == 1 else end.code if isinstance(end.code, int) else 0
+        except Exception as error:
+            refused = no_access(error, progress.attached())
+            if refused is None:
+                raise
+            return _refuse(refused)
     if code == INTERRUPTED:
         folder = progress.attached()
         progress.say(f"deepfusion: stopped{f'; the same command goes on with {folder}' if folder else ''}")

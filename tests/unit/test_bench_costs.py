@@ -174,7 +174,7 @@ def test_each_peak_is_that_of_its_own_process(tmp_path: Path) -> None:
     medium = costs.eighth(models.model_config("gpt2-medium"))
     layout = families.MoELayout("qwen3_moe", experts=4, top_k=2)
     tiny = costs.pruned(families.moe_config(models.model_config("tiny-qwen3"), layout), 2)
-    peaks = costs.trained_peaks({"medium": medium, "tiny": tiny}, tmp_path / "work", batch=1, tokens=64, steps=2)
+    peaks = costs.trained_peaks({"medium": medium, "tiny": tiny}, tmp_path, batch=1, tokens=64, steps=2)
     assert not list(tmp_path.iterdir())
     for name, config in (("medium", medium), ("tiny", tiny)):
         assert 0.8 < models.estimate_training_bytes(config, "full", 1, 64) / peaks[name] < 1.2
@@ -183,4 +183,4 @@ def test_each_peak_is_that_of_its_own_process(tmp_path: Path) -> None:
 
 def test_a_training_that_cannot_fit_is_not_begun(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="too-little-memory"):
-        costs.trained_peaks({"whole": costs.CASES["medical"].moe}, tmp_path / "work", batch=1, tokens=16, steps=2)
+        costs.trained_peaks({"whole": costs.CASES["medical"].moe}, tmp_path, batch=1, tokens=16, steps=2)

@@ -476,13 +476,14 @@ def test_errors_of_a_connection_say_what_to_do(authority: Path, stranger: Path, 
 # Secrets on disk
 
 
-def test_secret_replaces_what_was_there_and_what_a_kill_left(tmp_path: Path) -> None:
+def test_secret_replaces_what_was_there_and_nothing_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "secret"
     path.write_bytes(b"old")
     path.chmod(0o644)
-    (tmp_path / ".secret.part").write_bytes(b"left by a kill")
+    (tmp_path / ".secret.part").write_bytes(b"not ours")
     (tmp_path / ".secret.part").chmod(0o644)
     identity.write_secret(path, b"new")
     assert path.read_bytes() == b"new"
     assert mode(path) == 0o600
-    assert [entry.name for entry in tmp_path.iterdir()] == ["secret"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".secret.part", "secret"]
+    assert (tmp_path / ".secret.part").read_bytes() == b"not ours"

@@ -12,6 +12,8 @@ from typing import Any
 from deepfusion.config import Config
 from deepfusion.corpus import Document, write_corpus
 from deepfusion.data import make_splits, training_steps, windows
+from deepfusion.folders import bind
+from deepfusion.inputs import request
 from deepfusion.stages.tune import tune
 
 
@@ -25,6 +27,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     Returns:
         {"documents" (windows of private text), "steps"} and the last logged losses.
     """
+    bind(out, request(config, inputs["start"], __name__), out / "moe", out / "work")
     splits = make_splits(config)
     documents = [
         Document(piece, "private")

@@ -23,9 +23,7 @@ import copy
 import gc
 import json
 import math
-import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,12 +41,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from deepfusion import families, models, progress
 from deepfusion.artefacts import write_model_card
-from deepfusion.checkpoints import WEIGHTS, whole_folder
+from deepfusion.checkpoints import WEIGHTS
 from deepfusion.config import Config, Section
 from deepfusion.corpus import Document
 from deepfusion.data import make_splits, reading_order, training_steps, windows
 from deepfusion.distillation import Collator, Distiller, LossWeights
 from deepfusion.errors import InputError
+from deepfusion.folders import bind, remove, whole_folder, write_whole
+from deepfusion.inputs import request
 from deepfusion.metrics import context_limit
 from deepfusion.training import train
 
@@ -91,13 +91,12 @@ def run(config: Config, inputs: dict[str, Path], out: Path, settings: FedJETS = 
         InputError: no private data, or a start that cannot be pruned (`fedjets-family`).
     """
     done, work = out / "fedjets.json", out / "work"
+    bind(out, request(config, inputs["start"], __name__, settings.model_dump_json()), done, work, out / "moe")
     if not done.is_file():
         with _short_trainings():
             summary = _all_rounds(config, inputs["start"], out, settings)
-        part = done.with_suffix(".part")
-        part.write_text(json.dumps(summary, indent=2) + "\n")
-        os.replace(part, done)
-    shutil.rmtree(work, ignore_errors=True)
+        write_whole(done, json.dumps(summary, indent=2) + "\n")
+    remove(work)
     return json.loads(done.read_text())
 
 
@@ -289,8 +288,8 @@ def _all_rounds(config: Config, start: Path, out: Path, settings: FedJETS) -> di
         aggregate(moe, zip(received, choices, [float(m.tokens) for m in members], strict=True), dtype)
         losses.append(sum(found) / len(found))
         _store(work / f"round-{number}", tensors_of(moe), dtype, losses)
-        shutil.rmtree(uploads)
-        shutil.rmtree(work / f"round-{number - 1}", ignore_errors=True)
+        remove(uploads)
+        remove(work / f"round-{number - 1}")
         used = [sum(any(base in bases for bases in own.values()) for own in chosen) for base in range(config.experts)]
         progress.say(
             f"[fedjets] round {number + 1}/{rounds}  loss {losses[-1]:.3f}  devices on base: "
@@ -393,6 +392,8 @@ def _restore(work: Path, moe: PreTrainedModel) -> list[float]:
 
 def _write_final(moe: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config, rounds: int, final: Path) -> None:
     final.parent.mkdir(parents=True, exist_ok=True)
+    if final.is_dir():  # killed between this and the summary
+        return
     with whole_folder(final) as part:
         moe.save_pretrained(part)
         tokenizer.save_pretrained(part)

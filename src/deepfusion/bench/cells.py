@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,13 +22,16 @@ from deepfusion.config import CONFIGS, Config, config_digest, load_config
 from deepfusion.data import make_splits
 from deepfusion.digests import sha256_file
 from deepfusion.errors import InputError
+from deepfusion.folders import locked, place, write_whole
+from deepfusion.inputs import request
 from deepfusion.jobs import default_workers, run_jobs
-from deepfusion.models import read_config, resolve_precision
+from deepfusion.models import base_checkpoint, read_config, resolve_precision
 from deepfusion.stages.evaluate import capped, measure
 
 CASES = {"medical": "medical multiple choice, Qwen-MoE", "finance": "financial open answers, DeepSeek-MoE"}
 METRICS = ("log_perplexity", "bits_per_byte", "token_accuracy")
 WORK = ("steps", "tokens", "flops")
+_OWN = re.compile(r"cells|devices|results|results\.md|results-\w+\.svg|costs\.json|\..*\.part")
 TRANSPORT = ("total_up_bytes", "total_down_bytes")
 
 
@@ -85,6 +88,8 @@ def run_cells(cells: Sequence[Cell], runs: Path, results: Path, workers: int | N
     Raises:
         InputError: a stored result of that name belongs to another config, or, after all others have run, cells have failed.
     """
+    claim_bench(runs)
+    results = place(results)
     open_ = [cell for cell in cells if stored(cell, results) is None]
     if len(open_) < len(cells):
         progress.say(f"[bench] {len(cells) - len(open_)} of {len(cells)} cells have their result already")
@@ -100,6 +105,36 @@ def run_cells(cells: Sequence[Cell], runs: Path, results: Path, workers: int | N
     return [found for cell in cells if (found := stored(cell, results)) is not None]
 
 
+def claim_bench(runs: Path) -> Path:
+    """A folder for a bench to work in: a new or empty one, or one of a bench; nothing else in it is touched.
+
+    Raises:
+        InputError: as `folders.place`, or other things lie there and nothing of a bench (`not-ours`).
+    """
+    found = place(runs)
+    names = sorted(path.name for path in found.iterdir()) if found.is_dir() else []
+    odd = next((name for name in names if not _OWN.fullmatch(name)), None)
+    if odd and not {"cells", "devices"} & set(names):
+        what = f"the folder holds {odd} and is no bench"
+        raise InputError(what, where=runs, fix="choose another --out", code="not-ours")
+    return found
+
+
+def read_cell(path: Path) -> dict[str, Any]:
+    """The result of a finished cell.
+
+    Raises:
+        InputError: something else (`not-a-cell`).
+    """
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not {"case", "devices", "seed", "method", "overrides", "case_digest"} <= found.keys():
+        raise InputError("not a result of the bench", where=path, fix="choose another --results", code="not-a-cell")
+    return found
+
+
 def stored(cell: Cell, results: Path) -> dict[str, Any] | None:
     """The result of a cell, None where it has none.
 
@@ -109,7 +144,7 @@ def stored(cell: Cell, results: Path) -> dict[str, Any] | None:
     path = results / f"{cell.name}.json"
     if not path.is_file():
         return None
-    found = json.loads(path.read_text("utf-8"))
+    found = read_cell(path)
     measured, asked = found["overrides"], [*cell.shared, *cell.own]
     if measured != asked or found["case_digest"] != sha256_file(cell.file):
         what = measured if measured != asked else f"another {cell.file.name}"
@@ -154,29 +189,25 @@ def _run(cell: Cell, devices_only: bool, runs: Path, results: Path) -> None:
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # their lines are in each run's log.txt
         uploads = _uploads(cell, runs)
         if not METHODS[cell.method].alone:
-            with _locked(uploads):
+            uploads.parent.mkdir(parents=True, exist_ok=True)
+            with locked(uploads.with_name(f".{uploads.name}.lock")):  # until no other cell works there
                 pipeline.run(cell.config(), uploads, last="device")
         if devices_only:
             return
-        found = _measured(cell, uploads, runs / "cells" / cell.name)
+        found = _measured(cell, uploads, runs / "cells" / f"{cell.name}-{_request(cell)[:8]}")
     found["seconds_of_last_call"] = round(time.time() - started, 1)
     results.mkdir(parents=True, exist_ok=True)
-    temporary = results / f".{cell.name}.part"
-    temporary.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-    os.replace(temporary, results / f"{cell.name}.json")
+    write_whole(results / f"{cell.name}.json", json.dumps(found, indent=1) + "\n")
     numbers = found["validation"]["mean_over_domains"]  # who looks at a bench while it runs should not choose by test text
     shown = f"{numbers['log_perplexity']:.4f} nats per token, {numbers['bits_per_byte']:.4f} bits per byte"
     progress.attach(None)
     progress.say(f"[bench] {cell.name}: on validation text {shown}, took {progress.duration(found['seconds_of_last_call'])}")
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Waits until no other cell works in a run folder."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _request(cell: Cell) -> str:
+    """Digest of all that a cell is made of, so that what another one has measured is never taken for it."""
+    config = cell.config(*cell.own)
+    return request(config, base_checkpoint(config.distill.base, config.family), cell.method, *cell.shared, *cell.own)
 
 
 def _measured(cell: Cell, uploads: Path, out: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import typer
 
 from deepfusion.config import MOST_DEVICES, MOST_WORKERS
 from deepfusion.errors import InputError
+from deepfusion.folders import claim_file, make, write_whole
 
 bench_app = typer.Typer(help="Tables against the baselines, made by runs that anybody can repeat.", no_args_is_help=True)
 
@@ -38,6 +39,7 @@ def paper(
     """The paper's two case studies with every method, at a size for this machine."""
     from deepfusion.bench.ablations import row_cell
     from deepfusion.bench.cells import run_cells
+    from deepfusion.bench.plots import claim_page
     from deepfusion.bench.tables import ROWS
 
     names = list(ROWS) if methods == "all" else methods.split(",")
@@ -49,6 +51,7 @@ def paper(
         for seed in range(seeds) for n in _numbers(devices) for c in _cases(case) for name in names
     ]  # fmt: skip
     folder = results or out / "results"
+    claim_page(out / "results.md")
     run_cells(cells, out, folder, workers)
     _print_page(folder, out, json_)
 
@@ -69,6 +72,7 @@ def ablation(
     """Change one thing at a time; measured on the devices' held-out text."""
     from deepfusion.bench.ablations import ABLATIONS, ablation_cells
     from deepfusion.bench.cells import run_cells
+    from deepfusion.bench.plots import claim_page
 
     if not groups:
         return _print_ablations(json_)
@@ -76,6 +80,7 @@ def ablation(
     only, given = variants.split(",") if variants else None, tuple(set or ())
     cells = [cell for c in _cases(case) for cell in ablation_cells(chosen, c, devices, range(seeds), given, only)]
     folder = results or out / "results"
+    claim_page(out / "results.md")
     run_cells(cells, out, folder, workers)
     _print_page(folder, out, json_)
 
@@ -90,11 +95,12 @@ def costs_command(
     """Bytes over the network and memory on a device, ours beside FedJETS, at the paper's real model sizes."""
     from deepfusion.bench import costs
 
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = claim_file(out, _is_costs)
+    make(out.parent)
     found = {"communication": costs.communication(rounds), "memory": costs.memory()}
     if measure:
         found["measured"] = costs.measure(out.parent)
-    out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    write_whole(out, json.dumps(found, indent=1) + "\n")
     print(json.dumps(found) if json_ else costs.tables(found))
 
 
@@ -105,13 +111,21 @@ def page_command(
     out: Annotated[Path, typer.Option(help="Markdown page to write; plots lie beside it")] = Path("docs/results.md"),
 ) -> None:
     """Write the page of all results; equal results give an equal page."""
-    from deepfusion.bench.plots import write_plots
+    from deepfusion.bench.plots import claim_page, write_plots
     from deepfusion.bench.tables import page
 
+    out = claim_page(out)
     if not any(results.glob("*.json")):
         raise InputError("no results in this folder", where=results, fix="deepfusion bench paper makes some", code="no-results")
-    out.write_text(page(results, costs), "utf-8")
+    text = page(results, costs)
+    make(out.parent)
+    write_whole(out, text)
     write_plots(results, out.parent)
+
+
+def _is_costs(text: str) -> bool:
+    found = json.loads(text)
+    return isinstance(found, dict) and {"communication", "memory"} <= found.keys()
 
 
 def _cases(given: list[str] | None) -> list[str]:
@@ -160,6 +174,6 @@ def _print_page(results: Path, out: Path, json_: bool) -> None:
     from deepfusion.bench.plots import write_plots
 
     text = page(results)
-    (out / "results.md").write_text(text, "utf-8")
+    write_whole(out / "results.md", text)
     write_plots(results, out)
     print(text)

@@ -11,7 +11,7 @@ import copy
 import math
 import platform
 import re
-import shutil
+import tempfile
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -268,7 +268,7 @@ def measure(out: Path, batch: int = 1, tokens: int = 128, steps: int = 2) -> dic
     tiny_moe = pruned(families.moe_config(models.model_config("tiny-qwen3"), layout), layout.top_k)
     jobs = eighths | {f"FedJETS, {CASES[name].title}": moe for name, moe in moes.items()} | tiny | {"FedJETS, tiny": tiny_moe}
     estimates = {name: models.estimate_training_bytes(config, "full", batch, tokens) for name, config in jobs.items()}
-    peaks = trained_peaks(jobs, out / "costs-work", batch, tokens, steps)
+    peaks = trained_peaks(jobs, out, batch, tokens, steps)
     pairs = {f"FedJETS, {case.title}": case.types for case in CASES.values()} | {"FedJETS, tiny": tuple(tiny)}
     return {
         "kind": "measured", "method": "full", "precision": "fp32", "batch": batch, "tokens": tokens, "steps": steps,
@@ -284,20 +284,20 @@ def measure(out: Path, batch: int = 1, tokens: int = 128, steps: int = 2) -> dic
     }  # fmt: skip
 
 
-def trained_peaks(configs: dict[str, PretrainedConfig], work: Path, batch: int, tokens: int, steps: int) -> dict[str, int]:
-    """Peak bytes of a training of each config, one process after the other; `work` is removed afterwards.
+def trained_peaks(configs: dict[str, PretrainedConfig], out: Path, batch: int, tokens: int, steps: int) -> dict[str, int]:
+    """Peak bytes of a training of each config, one process after the other, which write below `out` and leave nothing there.
 
     Raises:
         InputError: the largest needs more memory than is free.
     """
     needed = max(models.estimate_training_bytes(config, "full", batch, tokens) for config in configs.values())
     models.require_memory(needed, "the largest training", where="bench costs", fix="leave out --measure")
-    try:
-        # A fresh process for each: what the C library has once taken it does not give back.
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-            return {name: pool.submit(_peak, config, batch, tokens, steps, work).result() for name, config in configs.items()}
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    # A fresh process for each: what the C library has once taken it does not give back.
+    with (
+        tempfile.TemporaryDirectory(dir=out, prefix=".costs-") as work,
+        ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool,
+    ):
+        return {name: pool.submit(_peak, config, batch, tokens, steps, Path(work)).result() for name, config in configs.items()}
 
 
 def _peak(config: PretrainedConfig, batch: int, tokens: int, steps: int, work: Path) -> int:

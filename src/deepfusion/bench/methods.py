@@ -12,6 +12,7 @@ from deepfusion.baselines import centralized, fedjets, fedkmt, homogeneous, ofak
 from deepfusion.card import read_card
 from deepfusion.checkpoints import numbered
 from deepfusion.config import Config
+from deepfusion.folders import whole_folder
 from deepfusion.pipeline import Stage
 from deepfusion.stages import merge
 
@@ -75,7 +76,7 @@ def _pipeline(*overrides: str, instead: tuple[Stage, ...] = ()) -> Callable[[Tas
 
 def _in_place_of(name: str, run: Callable[..., dict[str, Any]]) -> Stage:
     stage = next(stage for stage in pipeline.STAGES if stage.name == name)
-    return Stage(name, run, stage.inputs, stage.outputs, stage.keys)
+    return replace(stage, run=run)
 
 
 # Cross-entropy on public text alone, for as many steps of trunk and MoE as `fused` makes with teachers.
@@ -166,7 +167,8 @@ def _untaught(config: Config, out: Path) -> Path:
     folder = out / "untaught"
     if not (folder / "config.json").is_file():
         base = models.base_checkpoint(config.distill.base, config.family)
-        merge.write_moe(config, [base] * config.experts, False, folder)
+        with whole_folder(folder) as part:
+            merge.write_moe(config, [base] * config.experts, False, part)
     return folder
 
 

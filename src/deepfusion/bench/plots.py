@@ -13,8 +13,21 @@ from deepfusion.bench.cells import CASES
 from deepfusion.bench.methods import METHODS
 from deepfusion.bench.tables import OTHER_TOKENIZER, ROWS, read_results, row_name, with_best_bound
 from deepfusion.charts import COLOURS
+from deepfusion.folders import claim_file
 
+_AXIS = "log-perplexity, nats per token"
 _STYLES = {"ours": "-", "baseline": "--", "control": ":", "bound": "-."}
+
+
+def claim_page(page: Path) -> Path:
+    """Where a page of results goes, its plots beside it: new files, or those of an earlier page.
+
+    Raises:
+        InputError: as `folders.claim_file`.
+    """
+    for case in CASES:
+        claim_file(page.parent / f"results-{case}.svg", lambda text: "<svg" in text and _AXIS in text)
+    return claim_file(page, lambda text: text.startswith("# Results\n"))
 
 
 def write_plots(results: Path, folder: Path) -> list[Path]:
@@ -47,7 +60,7 @@ def _plot(case: str, rows: list[dict[str, Any]], path: Path) -> Path:
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.set_xlabel("devices")
-    axes.set_ylabel("log-perplexity, nats per token")
+    axes.set_ylabel(_AXIS)
     axes.set_title(CASES[case])
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))

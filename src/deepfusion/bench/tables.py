@@ -11,7 +11,7 @@ from typing import Any
 
 from deepfusion.bench import costs
 from deepfusion.bench.ablations import ABLATIONS
-from deepfusion.bench.cells import CASES
+from deepfusion.bench.cells import CASES, read_cell
 from deepfusion.bench.methods import METHODS
 
 Row = dict[str, Any]
@@ -59,8 +59,12 @@ OTHER_TOKENIZER = ("average", "homogeneous", "proxies")  # their tokens are othe
 
 
 def read_results(folder: Path) -> list[Row]:
-    """Every cell's result, sorted by name."""
-    return [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
+    """Every cell's result, sorted by name.
+
+    Raises:
+        InputError: a JSON file that is something else.
+    """
+    return [read_cell(path) for path in sorted(folder.glob("*.json"))]
 
 
 def page(results: Path, costs_file: Path | None = None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import fcntl
 import json
 import os
 import re
@@ -19,8 +18,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from deepfusion.config import DEVICE_ID
 from deepfusion.errors import InputError
 from deepfusion.federation import identity
+from deepfusion.folders import locked, place
 
 DEFAULT = Path("~/.deepfusion/server")
+_LOCK = ".devices.lock"
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,26 @@ class Home:
 
     def prepare(self, hosts: list[str]) -> None:
         """Make what is missing: the folder, the authority, a certificate for `hosts`, the secret of the control plane."""
+        self.check()
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.chmod(self.folder, 0o700)
+        if not self.superexec_secret.exists():  # the first: it shows that the folder is ours
+            identity.write_secret(self.superexec_secret, secrets.token_hex(32).encode())
         identity.make_authority(self.folder)
         identity.issue_certificate(self.folder, hosts)
-        if not self.superexec_secret.exists():
-            identity.write_secret(self.superexec_secret, secrets.token_hex(32).encode())
+
+    def check(self) -> None:
+        """Check that the folder is a server's home, or may become one.
+
+        Raises:
+            InputError: it cannot be written (`bad-out`), or other things lie there (`not-ours`).
+        """
+        if (self.superexec_secret.is_file() or (self.folder / _LOCK).is_file()) and self.folder.is_dir():
+            return
+        place(self.folder)
+        if odd := next(iter(sorted(self.folder.iterdir() if self.folder.is_dir() else [])), None):
+            what = f"the folder holds {odd.name} and is no server's home"
+            raise InputError(what, where=self.folder, fix="choose another --home", code="not-ours")
 
     @property
     def ca(self) -> Path:
@@ -105,7 +120,7 @@ class Home:
         """Let a device take part.
 
         Raises:
-            InputError: not a public key, not a name, or one of both is enrolled already.
+            InputError: not a public key, not a name, or one of both is enrolled already; and all of `check`.
         """
         if not re.fullmatch(DEVICE_ID, device):
             allowed = "letters, digits, dots, dashes and underscores, at most 63, the first a letter or digit"
@@ -139,9 +154,9 @@ class Home:
     @contextmanager
     def _changing(self) -> Iterator[dict[str, Enrolled]]:
         """A copy of all devices, written back at the end: one process at a time, or one would undo what another did."""
+        self.check()
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with open(self.folder / ".devices.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(self.folder / _LOCK):
             known = dict(self.devices)
             yield known
             rows = [vars(device) for device in known.values()]

@@ -12,9 +12,9 @@ import contextlib
 import datetime
 import hashlib
 import ipaddress
-import os
 import re
 import ssl
+import sys
 from pathlib import Path
 
 import httpx
@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from deepfusion.errors import InputError
+from deepfusion.folders import write_whole
 
 KEY_HEADER, TIME_HEADER, SIGNATURE_HEADER = "flwr-public-key", "flwr-timestamp", "flwr-signature"
 MAX_CLOCK_SECONDS = 300  # as far as Flower lets a signed time be off
@@ -42,7 +43,7 @@ def device_key(path: Path) -> ec.EllipticCurvePrivateKey:
         key = ec.generate_private_key(ec.SECP384R1())
         write_secret(path, _private_pem(key))
         return key
-    if path.stat().st_mode & 0o077:
+    if sys.platform != "win32" and path.stat().st_mode & 0o077:  # there the mode does not say who may read
         raise InputError("others may read this private key", where=path, fix=f"chmod 600 {path}", code="open-secret")
     try:
         loaded = serialization.load_pem_private_key(path.read_bytes(), None)
@@ -271,15 +272,8 @@ def write_secret(path: Path, content: bytes) -> None:
 
 
 def _write(path: Path, content: bytes, mode: int) -> None:
-    """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    part = path.with_name(f".{path.name}.part")
-    part.unlink(missing_ok=True)
-    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    write_whole(path, content, mode)
 
 
 def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:

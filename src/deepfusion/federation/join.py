@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import yaml
 from flwr.app import Context, RecordDict
 
 from deepfusion import progress
+from deepfusion.card import CARD, claim_upload
 from deepfusion.config import Config, parse_config
 from deepfusion.errors import InputError
 from deepfusion.federation import identity, messages
@@ -23,6 +22,7 @@ from deepfusion.federation.connection import Connection, Refused
 from deepfusion.federation.flower import Fleet
 from deepfusion.federation.offer import Offer
 from deepfusion.federation.transfer import hand_in
+from deepfusion.folders import claim_file, write_whole
 
 DEFAULT_HOME = Path("~/.deepfusion/device")
 POLL_SECONDS = 2.0
@@ -46,28 +46,32 @@ class LocalDevice:
     memory: str | None = None
 
     def train(self, task: messages.Task) -> None:
-        """Train unless the upload is there. The server's settings are suggestions about training and nothing else."""
-        if (self.folder / "card.json").is_file():
-            return
+        """Train unless it is done. The server's settings are suggestions about training and nothing else."""
         if self.data is None:
-            raise InputError("not an upload (no card.json)", where=self.folder, fix="deepfusion device train", code="card-missing")
+            if not (self.folder / CARD).is_file():
+                fix = "deepfusion device train"
+                raise InputError("not an upload (no card.json)", where=self.folder, fix=fix, code="card-missing")
+            return
         from deepfusion.stages.device import train_alone
 
         config = device_config(task, self.type)
-        work = self.folder.with_name(f".{self.folder.name}.work")
-        digest = hashlib.sha256(f"{task} {self.type} {self.memory}".encode()).hexdigest()
-        if work.exists() and not ((work / "task").is_file() and (work / "task").read_text() == digest):
-            shutil.rmtree(work)  # half a training by other settings
-        work.mkdir(parents=True, exist_ok=True)
-        (work / "task").write_text(digest)
-        train_alone(config, self.data, self.folder, self.type, self.memory, task.device)
+        try:
+            train_alone(config, self.data, self.folder, self.type, self.memory, task.device)
+        except InputError as error:
+            if error.code != "another-upload":
+                raise
+            fix = f"--upload {self.folder} hands it in as it is; or choose another --out"
+            raise InputError(error.what, where=self.folder, fix=fix, code=error.code) from None
 
     def hand_in(self, offer: Offer, ticket: str) -> dict[str, Any]:
         """Upload and keep the receipt beside the folder."""
         names = ", ".join(file.name for file in offer.files)
         progress.say(f"[device {offer.card.device}] hands in {self.folder}: {offer.size:,} bytes, {names}")
         receipt = hand_in(self.connection, self.folder, offer, ticket)
-        receipt_path(self.folder).write_text(json.dumps(receipt, indent=1), "utf-8")
+        try:
+            write_whole(receipt_path(self.folder), json.dumps(receipt, indent=1))
+        except OSError as error:  # the upload may lie where nothing can be written
+            progress.say(f"[device {offer.card.device}] the receipt could not be kept ({error.strerror})")
         return receipt
 
 
@@ -106,8 +110,14 @@ def join(
     """
     if not re.fullmatch(r"[^\s/@]+:\d{1,5}", server):
         raise InputError("not the address of a server", where=f"--server {server}", allowed="HOST:PORT", code="no-server")
-    if data is not None and not data.is_file() and not (folder / "card.json").is_file():
-        raise InputError("there is no such file", where=data, code="no-data")
+    if data is not None:
+        if not data.is_file():
+            fix = f"--upload {folder} hands in the upload that is there" if (folder / CARD).is_file() else None
+            raise InputError("there is no such file", where=data, fix=fix, code="no-data")
+        folder = claim_upload(folder, [data])
+    receipt = receipt_path(folder)
+    if data is not None or receipt.exists():
+        claim_file(receipt, _is_receipt)
     home = home.expanduser()
     key = identity.device_key(home / "key.pem")
     context = identity.tls(trusted := identity.trust(server, home, ca, ca_sha256))
@@ -125,7 +135,13 @@ def join(
 
 def receipt_path(folder: Path) -> Path:
     """Where the receipt of an upload folder is kept: beside it, for nothing may be added to it."""
-    return folder.with_name(f"{folder.resolve().name}.receipt.json")
+    folder = folder.resolve()
+    return folder.with_name(f"{folder.name}.receipt.json")
+
+
+def _is_receipt(text: str) -> bool:
+    found = json.loads(text)
+    return isinstance(found, dict) and {"device", "digest"} <= found.keys()
 
 
 def _visit(visit: Visit, fleet: Fleet) -> dict[str, Any]:

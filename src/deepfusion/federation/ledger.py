@@ -6,7 +6,6 @@ no secret: of a ticket only the hash.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import secrets
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deepfusion.federation.offer import Offer, parse_offer
+from deepfusion.folders import locked
 
 State = Literal["enrolled", "connected", "training", "uploading", "verifying", "done", "late", "rejected", "failed"]
 
@@ -87,10 +87,9 @@ class Ledger:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        # A connection for each access: they are rare, and none is shared between threads or outlives a crash. Who waits for
-        # the lock of a file is woken; who waits for SQLite sleeps and asks again, and starves beside a busy process.
-        with open(self.path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        # A connection for each access: they are rare, and none is shared between threads or outlives a crash. SQLite's own
+        # waiting asks ever more seldom, and starves beside a busy process.
+        with locked(self.path.with_suffix(".lock")):
             db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
             db.row_factory = sqlite3.Row
             try:

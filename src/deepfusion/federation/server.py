@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -25,6 +24,8 @@ from deepfusion.federation.ledger import Ledger, Row
 from deepfusion.federation.server_app import seconds, task_config
 from deepfusion.federation.superlink import SuperLink
 from deepfusion.federation.view import View
+from deepfusion.folders import LOCK, claim_run, locked
+from deepfusion.inputs import local_inputs
 
 
 def start(
@@ -42,6 +43,10 @@ def start(
     Raises:
         InputError: the port is taken, the run folder belongs to other settings, too few uploads came, and all of `pipeline.run`.
     """
+    out = claim_run(out, local_inputs(config))
+    if certificate is not None and home.folder in certificate.resolve().parents:
+        what = "the certificate must not lie in the server's home, which has one of its own"
+        raise InputError(what, where=certificate, fix="move it elsewhere", code="input-in-out")
     names = public or [socket.gethostname()]
     if config.federation.wait_for is None and config.federation.deadline is None:
         fix = "--set federation.wait_for=8, or --set federation.deadline=12h, or both"
@@ -58,7 +63,10 @@ def start(
     line = f"deepfusion device join --server {names[0]}:{port}"
     if certificate is None:
         line += f" --ca-sha256 {identity.certificate_digest(home.ca.read_bytes())}"
-    with _alone(home), _services(home, out, host, port, certificate, certificate_key) as services, View(ledger, home) as view:
+    fix = "stop it, or use another --home"
+    busy = InputError("another server works with this home", where=home.folder, fix=fix, code="home-busy")
+    alone = locked(home.folder / LOCK, busy)
+    with alone, _services(home, out, host, port, certificate, certificate_key) as services, View(ledger, home) as view:
         view.wait(lambda: services.healthy() and _listens(host, port))  # a device that follows the line at once finds it open
         progress.say(f"[server] on a device: {line} --data private.jsonl")
         view.wait(lambda: services.healthy() and ledger.closed)
@@ -118,9 +126,8 @@ def device_states(run: Path) -> list[dict[str, Any]]:
 
 def _open_run(config: Config, out: Path) -> Ledger:
     """The ledger of a run folder, new or of this very federation."""
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / "federation").is_dir() and any(path.name != ".lock" for path in out.iterdir()):
-        raise InputError("the folder is not empty and no federated run", where=out, fix="choose another --out", code="not-a-run")
+    if (out / "manifest.json").is_file() and not (out / "federation").is_dir():
+        raise InputError("a run without a federation", where=out, fix="choose another --out", code="not-a-run")
     ledger = Ledger(out)
     if not ledger.devices():
         ledger.forget("task")
@@ -227,17 +234,6 @@ def _services(home: Home, out: Path, host: str, port: int, certificate: Path | N
     }
     with _Services(commands, link.environment(), home.folder / "logs") as services:
         yield services
-
-
-@contextmanager
-def _alone(home: Home) -> Iterator[None]:
-    with open(home.folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            fix = "stop it, or use another --home"
-            raise InputError("another server works with this home", where=home.folder, fix=fix, code="home-busy") from None
-        yield
 
 
 def _check_port(host: str, port: int) -> None:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from deepfusion.federation.home import now
 from deepfusion.federation.ledger import Ledger, Ticket
 from deepfusion.federation.offer import Offer, OfferedFile
 from deepfusion.federation.sinks import S3Sink
+from deepfusion.folders import sync
 
 SPARE_BYTES = 64 * 2**20  # of the disk, that uploads leave free
 _BLOCK_BYTES = 512 * 1024
@@ -418,14 +419,8 @@ def _append(path: Path, block: bytes) -> None:
 
 
 def _sync(path: Path) -> None:
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with suppress(FileNotFoundError):
+        sync(path)
 
 
 def _listing(folder: Path) -> dict[str, int]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,25 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from deepfusion import __version__, models, progress
 from deepfusion.artefacts import write_transport
-from deepfusion.card import Card, write_card
-from deepfusion.checkpoints import WholeModel, whole_folder
+from deepfusion.card import CARD, Card, check_made, claim_upload, note_made, read_card, write_card
+from deepfusion.checkpoints import WholeModel
 from deepfusion.compact import open_base, write_delta
-from deepfusion.config import Config, DeviceSpec, Encoding, cluster_count
+from deepfusion.config import Config, DeviceSection, DeviceSpec, Encoding, cluster_count, config_digest
 from deepfusion.corpus import Document
 from deepfusion.data import make_splits, reading_order, say_cut, training_steps, windows
+from deepfusion.digests import checkpoint_digest, sha256_file
 from deepfusion.distillation import Collator, Distiller, LossWeights
 from deepfusion.embedding import embed
 from deepfusion.errors import InputError
+from deepfusion.folders import LOCK, locked, open_work, put, remove, whole_folder, work_key
 from deepfusion.jobs import run_jobs
 from deepfusion.metrics import context_limit, evaluate_model
 from deepfusion.rows import Example
 from deepfusion.sources import load_source, shuffled
 from deepfusion.training import train
+
+_READ = ("data.max_chars", "data.prompt_loss_weight")  # of the section data, by `train_device`
+_TRAINING = tuple(key for key in DeviceSection.model_fields if key != "types")
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
@@ -74,9 +79,13 @@ def train_alone(config: Config, data: Path, upload: Path, type: str | None, memo
         memory: budget of the training process.
         name: of the device; default the name of the upload folder.
 
+    An upload that the same request has made is left as it is; an unfinished training of the same request goes on.
+
     Raises:
-        InputError: bad data, or nothing fits.
+        InputError: bad data, nothing fits, or `upload` is somebody else's or another request's (`not-ours`, `another-upload`).
     """
+    types = [Path(name).expanduser() for name in ([type] if type else config.device.types) if name not in models.PRESETS]
+    upload = claim_upload(upload, [data, *(folder for folder in types if folder.is_dir())])
     documents = load_source(str(data))
     say_cut(documents, config.data.max_chars)
     if len(documents) < 2:
@@ -86,9 +95,32 @@ def train_alone(config: Config, data: Path, upload: Path, type: str | None, memo
     name = re.sub(r"[^A-Za-z0-9._-]", "-", name or upload.resolve().name).lstrip("._-")[:64] or "device"
     order = shuffled(documents, config.seed, "held_out")
     count = max(1, len(order) // 10)
-    work = upload.with_name(f".{upload.name}.work")
     device = DeviceSpec(id=name, type=type, method=None, data=None, memory=memory)
-    return train_device(config, device, order[count:], order[:count], upload, work)
+    key = _request(config, data, device)
+    if (upload / CARD).is_file():
+        check_made(upload, key)
+        progress.say(f"[device {name}] {upload} was finished before by the same request, nothing to do")
+        return _losses(upload)
+    work = upload.with_name(f".{upload.name}.work")
+    other = work_key(work)
+    if open_work(work, key):
+        progress.say(f"[device {name}] continues")
+    elif other is not None:
+        progress.say(f"[device {name}] the unfinished training of another request is given up: this one begins anew")
+    with locked(work / LOCK, InputError("another process trains this upload", where=upload, fix="wait for it", code="run-busy")):
+        losses = train_device(config, device, order[count:], order[:count], work / "upload", work / "training")
+        note_made(upload, key, work / "upload")
+        put(work / "upload", upload)
+    remove(work)
+    return losses
+
+
+def _request(config: Config, data: Path, device: DeviceSpec) -> str:
+    """Digest of all that the upload of a device depends on, 64 hex digits."""
+    settings = config_digest(config, "seed", "precision", *_READ, *(f"device.{key}" for key in _TRAINING))
+    start = Path(device.type).name, checkpoint_digest(models.resolve(device.type))  # wherever it lies
+    parts = [__version__, settings, sha256_file(data), *start, str(device.id)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _largest(config: Config, memory: str, documents: list[Example]) -> str:
@@ -122,10 +154,8 @@ def train_device(
         The losses before and after, in nats per completion token.
     """
     name, method, encoding = str(device.id), device.method or config.device.method, config.device.upload
-    done = upload / "card.json"
-    if done.is_file():
-        card = Card.model_validate_json(done.read_text("utf-8"))
-        return {"loss_before": card.loss_before, "loss_after": card.loss_after}
+    if (upload / CARD).is_file():
+        return _losses(upload)
     if device.memory is not None:
         _check_memory(config, device, method)
     base = models.resolve(device.type)
@@ -195,9 +225,14 @@ def train_device(
             deepfusion_version=__version__,
         )
         write_card(part, card)
-    shutil.rmtree(work, ignore_errors=True)
+    remove(work)
     progress.say(f"[device {name}] held-out loss {before:.3f} -> {after:.3f} nats/token")
     return {"loss_before": before, "loss_after": after}
+
+
+def _losses(upload: Path) -> dict[str, Any]:
+    card = read_card(upload)
+    return {"loss_before": card.loss_before, "loss_after": card.loss_after}
 
 
 def _save_weights(student: PreTrainedModel, adapter: Any, base: str, folder: Path, name: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ from transformers import PreTrainedModel
 
 from deepfusion import families, models, progress
 from deepfusion.artefacts import write_model_card
-from deepfusion.checkpoints import numbered, whole_folder
+from deepfusion.checkpoints import numbered
 from deepfusion.config import Config
 from deepfusion.corpus import Document, build_corpus, read_corpus, reading_periods, write_corpus
 from deepfusion.data import make_splits, reading_order
 from deepfusion.distillation import Collator, Distiller, LossWeights, Teacher
+from deepfusion.folders import remove, whole_folder
 from deepfusion.jobs import run_jobs
 from deepfusion.metrics import context_limit
 from deepfusion.training import train
@@ -144,7 +144,7 @@ def distill(
             own = [d for d in documents if d.teacher in proxies] or documents
             rows = _prototype(student, tokenizer, own, config)
             save_file({"prototype": rows}, part / "prototype.safetensors")
-    shutil.rmtree(work, ignore_errors=True)
+    remove(work)
     if history:
         progress.say(f"[distill {unit}] loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}")
     return history[-1]["loss"] if history else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections import Counter
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ from deepfusion.card import read_card
 from deepfusion.compact import DELTA, Compact
 from deepfusion.config import Config
 from deepfusion.data import Example, load_source, make_splits
+from deepfusion.folders import write_whole
 from deepfusion.jobs import run_jobs
 from deepfusion.metrics import evaluate_model, expert_use
 from deepfusion.models import load_model, load_tokenizer, resolve
@@ -298,8 +298,5 @@ def _read_json(path: Path | None) -> Any:
 
 
 def _write_json(path: Path, values: Any) -> None:
-    """Whole or not at all, also when the process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", "utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(values, indent=2, allow_nan=False) + "\n")

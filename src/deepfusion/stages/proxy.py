@@ -13,10 +13,11 @@ from transformers import GenerationConfig
 from deepfusion import models, progress
 from deepfusion.adapters import ADAPTER_CONFIG, open_adapter
 from deepfusion.artefacts import cell, counted
-from deepfusion.checkpoints import TensorWriter, copy_tokenizer, mean_of, whole_folder
+from deepfusion.checkpoints import TensorWriter, copy_tokenizer, mean_of
 from deepfusion.compact import DELTA, Compact, open_whole
 from deepfusion.config import Config
 from deepfusion.errors import InputError
+from deepfusion.folders import whole_folder
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:

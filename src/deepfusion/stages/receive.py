@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from deepfusion.config import Config
 from deepfusion.corpus import sample_texts
 from deepfusion.embedding import embed
 from deepfusion.errors import InputError
+from deepfusion.folders import copy_folder
 from deepfusion.jobs import run_jobs
 from deepfusion.upload import adopt_checkpoint
 
@@ -34,7 +34,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     plain = []
     for folder in folders:
         if (folder / "card.json").exists():
-            shutil.copytree(folder, target / folder.name, symlinks=True, dirs_exist_ok=True)
+            copy_folder(folder, target / folder.name)
         else:
             plain.append({"folder": folder, "out": target / _device_name(folder), "config": config})
     run_jobs(_adopt, plain, config.jobs)

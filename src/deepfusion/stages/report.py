@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from rich.table import Table
 from deepfusion.artefacts import counted, write_final_card
 from deepfusion.charts import grouped_bars, heat_map, line_chart
 from deepfusion.config import Config
+from deepfusion.errors import InputError
+from deepfusion.folders import write_whole
 
 Json = dict[str, Any]
 
@@ -46,6 +49,7 @@ METRICS = {
 }
 # These compare models whatever their tokenizers.
 COMPARABLE = ("bits_per_byte", "choice_accuracy")
+_TITLE = "<title>DeepFusion report: "
 # A terminal has no room for more domains.
 MOST_COLUMNS = 6
 
@@ -75,14 +79,28 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     """Write `out`/report/index.html from the artefacts of the run folder `inputs["run"]`; it says what is missing.
 
     The config shown is the one in the run folder: the report tells what happened, not what is configured now.
+
+    Raises:
+        InputError: there is a `report` that is something else.
     """
     folder = inputs["run"]
     page = out / "report" / "index.html"
+    if os.path.lexists(page.parent) and not is_report(page.parent):
+        fix = "move it away"
+        raise InputError("DeepFusion did not make this report", where=page.parent, fix=fix, code="not-ours")
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(render(folder), "utf-8")
+    write_whole(page, render(folder))
     if (folder / "moe" / "final").is_dir():
         write_final_card(config, folder, folder / "moe" / "final")  # now the card can tell how the model measured
     return {"bytes": page.stat().st_size}
+
+
+def is_report(folder: Path) -> bool:
+    """Whether a folder holds nothing but the page that `run` writes."""
+    if not folder.is_dir() or folder.is_symlink() or any(path.name != "index.html" for path in folder.iterdir()):
+        return False
+    page = folder / "index.html"
+    return not page.exists() or (page.is_file() and _TITLE in page.read_text("utf-8", "replace")[:2000])
 
 
 def render(folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,12 @@ import torch
 
 from deepfusion import families, models
 from deepfusion.artefacts import write_final_card, write_model_card
-from deepfusion.checkpoints import numbered, whole_folder
+from deepfusion.checkpoints import numbered
 from deepfusion.config import Config
 from deepfusion.corpus import read_corpus, reading_periods
 from deepfusion.data import reading_order
 from deepfusion.distillation import Collator, Distiller, LossWeights, Teacher
+from deepfusion.folders import remove, whole_folder
 from deepfusion.jobs import run_jobs
 from deepfusion.metrics import context_limit
 from deepfusion.training import train
@@ -106,5 +106,5 @@ def tune(
         if unit == "control":  # the card of the MoE tells of the whole run
             facts = {"public documents without samples of the proxies": len(documents), "steps": steps, "seed": config.seed}
             write_model_card(part, "Control", "The same MoE with the public base as every expert; no device taught it.", facts)
-    shutil.rmtree(work, ignore_errors=True)
+    remove(work)
     return {key: value for key, value in history[-1].items() if key != "learning_rate"} if history else {}
