@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from deepfusion.config import Encoder, Encoding, Method
 from deepfusion.digests import sha256_file
 from deepfusion.errors import InputError
+from deepfusion.names import DeviceId
 
 CARD = "card.json"
 MAX_CARD_BYTES = 2**20
@@ -37,7 +38,7 @@ class Card(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     schema_version: Literal[1] = 1
-    device: str = Field(pattern=r"^\.?[A-Za-z0-9_-][A-Za-z0-9._-]{0,62}$")
+    device: DeviceId
     type: str = Field(max_length=200)
     model_class: str = Field(pattern=r"^\w{1,100}$")
     signature: str = Field(pattern=r"^[0-9a-f]{64}$")

@@ -13,10 +13,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deepfusion.errors import InputError
+from deepfusion.names import DeviceId
 
 CONFIGS = Path(__file__).parent / "configs"
-
-DEVICE_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 
 Family = Literal["qwen2_moe", "qwen3_moe", "deepseek", "deepseek_v2", "deepseek_v3"]
 Method = Literal["full", "lora", "qlora"]
@@ -33,7 +32,7 @@ class Section(BaseModel):
 class DeviceSpec(Section):
     """One device of a simulated federation."""
 
-    id: str | None = Field(None, description="name of the device; default d00, d01, ...", pattern=DEVICE_ID)
+    id: DeviceId | None = Field(None, description="name of the device; default d00, d01, ...")
     type: str = Field(description="preset of the on-device model, hub name or local folder")
     data: str | list[str] | None = Field(
         None, description="its private text; devices naming the same source share it out; default: a part of data.private"

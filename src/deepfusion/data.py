@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deepfusion.config import Config, DeviceSpec
 from deepfusion.errors import InputError
+from deepfusion.names import device_ids
 from deepfusion.sources import (
     Example,
     choose,
@@ -185,9 +186,7 @@ def _resolve_devices(config: Config, common: list[str]) -> tuple[list[DeviceSpec
     types = np.random.default_rng(config.seed).choice(config.device.types, size=count).tolist()
     if config.devices is not None:
         return [DeviceSpec(id=name, type=kind) for name, kind in zip(_numbered(count), types, strict=True)], {}
-    stems = [Path(source).stem for source in common]
-    fit = len(set(stems)) == count and all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", stem) for stem in stems)
-    rows = list(zip(stems if fit else _numbered(count), types, common, strict=True))
+    rows = list(zip(device_ids([Path(source).stem for source in common]), types, common, strict=True))
     devices = [DeviceSpec(id=name, type=kind, data=source) for name, kind, source in rows]
     return devices, {name: [source] for name, _, source in rows}
 

@@ -6,7 +6,6 @@ import datetime
 import fcntl
 import json
 import os
-import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +15,9 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from deepfusion.config import DEVICE_ID
 from deepfusion.errors import InputError
 from deepfusion.federation import identity
+from deepfusion.names import check_device_id
 
 DEFAULT = Path("~/.deepfusion/server")
 
@@ -107,9 +106,7 @@ class Home:
         Raises:
             InputError: not a public key, not a name, or one of both is enrolled already.
         """
-        if not re.fullmatch(DEVICE_ID, device):
-            allowed = "letters, digits, dots, dashes and underscores, at most 63, the first a letter or digit"
-            raise InputError("not a name of a device", where=device, allowed=allowed, code="bad-device-name")
+        check_device_id(device)
         key = identity.parse_public_line(key_line)
         line = identity.public_line(key)
         with self._changing() as known:

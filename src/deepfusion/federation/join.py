@@ -60,7 +60,7 @@ class LocalDevice:
             shutil.rmtree(work)  # half a training by other settings
         work.mkdir(parents=True, exist_ok=True)
         (work / "task").write_text(digest)
-        train_alone(config, self.data, self.folder, self.type, self.memory, task.device)
+        train_alone(config, self.data, self.folder, self.type, self.memory, task.device or None)
 
     def hand_in(self, offer: Offer, ticket: str) -> dict[str, Any]:
         """Upload and keep the receipt beside the folder."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from deepfusion.embedding import embed
 from deepfusion.errors import InputError
 from deepfusion.jobs import run_jobs
 from deepfusion.metrics import context_limit, evaluate_model
+from deepfusion.names import check_device_id, device_id
 from deepfusion.sources import Example, read_jsonl, shuffled, unique
 from deepfusion.training import train
 
@@ -71,17 +71,17 @@ def train_alone(config: Config, data: Path, upload: Path, type: str | None, memo
     Args:
         type: model type; None takes the largest of `device.types` that fits `memory`, or their first without a budget.
         memory: budget of the training process.
-        name: of the device; default the name of the upload folder.
+        name: of the device; default the name of the upload folder, made one that devices can have.
 
     Raises:
-        InputError: bad data, or nothing fits.
+        InputError: a bad name, bad data, or nothing fits.
     """
+    name = device_id(upload.resolve().name) if name is None else check_device_id(name)
     documents = unique(read_jsonl(data))
     if len(documents) < 2:
         raise InputError("one document is not enough: one is held out", where=data, code="too-few-documents")
     if type is None:
         type = config.device.types[0] if memory is None else _largest(config, memory, documents)
-    name = re.sub(r"[^A-Za-z0-9._-]", "-", name or upload.resolve().name).lstrip("._-")[:64] or "device"
     order = shuffled(documents, config.seed, "held_out")
     count = max(1, len(order) // 10)
     work = upload.with_name(f".{upload.name}.work")
