@@ -12,11 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from deepfusion import models
-from deepfusion.checkpoints import TensorReader
+from deepfusion.checkpoints import ADAPTER, ADAPTER_CONFIG, TensorReader
 from deepfusion.errors import InputError
 
-ADAPTER = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 MAX_RANK = 1024
 
 # Settings of PEFT that do not change what a plain LoRA adapter computes.

@@ -17,7 +17,6 @@ import psutil
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import (
@@ -32,7 +31,8 @@ from transformers import (
 from transformers.integrations.moe import ExpertsInterface
 from transformers.pytorch_utils import Conv1D
 
-from deepfusion import deepen
+from deepfusion import deepen, formats
+from deepfusion.checkpoints import tokenizer_files
 from deepfusion.digests import folder_digest
 from deepfusion.errors import InputError
 from deepfusion.losses import BLOCK_ELEMENTS
@@ -136,8 +136,30 @@ _TINY_BASES = {
 
 
 def base_checkpoint(base: str | None, family: str) -> Path:
-    """Folder of the public dense base that distillation starts from; None takes the tiny base of the family."""
-    return Path(resolve(base or _TINY_BASES[family]))
+    """Folder of the public dense base that distillation starts from; None takes the tiny base of the family.
+
+    Raises:
+        InputError: there is none, or it is not stored as plain weights of its class.
+    """
+    folder = Path(resolve(base or _TINY_BASES[family]))
+    require_plain(folder, named_whole=True)
+    return folder
+
+
+def require_plain(folder: str | Path, named_whole: bool = False) -> Architecture:
+    """Checks a checkpoint whose weights are read tensor by tensor (`formats.require_plain`).
+
+    Args:
+        named_whole: tensors must have the names of the whole model, also those of the trunk.
+
+    Returns:
+        Its architecture.
+    """
+    config = read_config(folder)
+    known = architecture(config)
+    prefix = "" if named_whole else known.prefix
+    formats.require_plain(folder, config, known.tensors, {*known.tied, *known.buffers}, prefix, known.ignored)
+    return known
 
 
 def parameter_total(config: PretrainedConfig) -> int:
@@ -160,15 +182,20 @@ def model_config(type: str) -> PretrainedConfig:
 
 
 def read_config(folder: str | Path) -> PretrainedConfig:
-    """The config of a checkpoint folder.
+    """The config of a checkpoint folder, without what only the machine of its maker can do (flash attention, special kernels).
 
     Raises:
         InputError: missing, malformed, or of an architecture that transformers does not have.
     """
     try:
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # A config comes from others, and the classes fail in many ways on bad values.
         raise InputError(f"the config cannot be read ({_first_line(error)})", where=folder, code="bad-config") from None
+    config._attn_implementation, config._experts_implementation = None, None
+    rows, padding = getattr(config, "vocab_size", None), getattr(config, "pad_token_id", None)
+    if rows is not None and padding is not None and not 0 <= padding < rows:
+        config.pad_token_id = None  # nothing here reads padding, but the classes refuse an id without a row
+    return config
 
 
 def stored_dtype(folder: str | Path) -> torch.dtype:
@@ -185,26 +212,37 @@ def load_model(path: str | Path, precision: str = "fp32", quantization: Any = No
         quantization: a `BitsAndBytesConfig` for QLoRA.
 
     Raises:
-        InputError: missing or damaged files, pickled weights, weights that do not fit the config.
+        InputError: missing or damaged files, pickled weights, weights that do not fit the config, that are quantised in a way
+            that cannot be undone, or that are no finite numbers; a model that is no causal language model.
     """
     folder = resolve(str(path))
-    bf16 = resolve_precision(precision, read_config(folder)) == "bf16"
+    config = read_config(folder)
+    formats.check_form(folder, config)
+    dtype = torch.bfloat16 if resolve_precision(precision, config) == "bf16" else torch.float32
+    options = {"quantization_config": quantization} if quantization is not None else formats.loading_options(config)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=torch.bfloat16 if bf16 else torch.float32,
-            quantization_config=quantization,
+            config=config,
+            dtype=dtype,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            **options,
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        model, loading = loaded
+        formats.check_loading(folder, loading)
+        if quantization is None and formats.quantisation(config) is not None:
+            model = formats.plain_model(model, dtype)
+    except InputError:
+        raise
+    except Exception as error:  # Weights and config come from others, and the classes fail in many ways on bad values.
+        if isinstance(error, ImportError) and quantization is not None:
+            raise
         raise InputError(f"the model cannot be loaded ({_first_line(error)})", where=path, code="bad-model") from None
-    model, loading = loaded
-    if loading["missing_keys"]:
-        missing = sorted(loading["missing_keys"])
-        raise InputError(f"{len(missing)} tensors are missing, such as {missing[0]}", where=path, code="bad-model")
+    formats.check_finite(model.named_parameters(), path)
     return model
 
 
@@ -212,12 +250,15 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a checkpoint; it always has a token to pad with.
 
     Raises:
-        InputError: missing or damaged, or without a fast implementation (character offsets are needed).
+        InputError: missing or damaged, without a fast implementation (character offsets are needed), or with tokens that the
+            model has no embedding for.
     """
+    folder = resolve(str(path))
+    if not tokenizer_files(folder):
+        fix = "save the tokenizer of the model there too"
+        raise InputError("no tokenizer files", where=path, fix=fix, code="tokenizer-missing")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(str(path)), trust_remote_code=False, local_files_only=True)
-    except InputError:
-        raise
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception
         what = f"the tokenizer cannot be loaded ({_first_line(error)})"
         raise InputError(what, where=path, code="bad-tokenizer") from None
@@ -225,9 +266,25 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise InputError("not a fast tokenizer: it gives no character offsets", where=path, code="slow-tokenizer")
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end-of-text token", where=path, code="bad-tokenizer")
+    check_rows(tokenizer, read_config(folder), path)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_rows(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, where: object) -> None:
+    """Checks that a model has an embedding for every token, also for those that were added.
+
+    Raises:
+        InputError: it has not (`tokenizer-too-large`).
+    """
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    if last >= config.vocab_size:
+        raise InputError(
+            f"token {last} ({token[:40]!r}) lies beyond the {config.vocab_size} embeddings", where=where,
+            fix="model.resize_token_embeddings(len(tokenizer)) and train it, or the tokenizer without what was added",
+            code="tokenizer-too-large",
+        )  # fmt: skip
 
 
 def resolve_precision(precision: str, config: PretrainedConfig) -> str:
@@ -267,6 +324,7 @@ class Architecture(NamedTuple):
         buffers: those of `tensors` that are not trained.
         transposed: weights stored as [in, out] (Conv1D of the GPT-2 family).
         prefix: of the trunk; hub checkpoints saved from the trunk alone leave it out.
+        ignored: patterns of the names of stored tensors that the class leaves unread, such as layers for other uses.
     """
 
     name: str
@@ -275,6 +333,7 @@ class Architecture(NamedTuple):
     buffers: frozenset[str]
     transposed: frozenset[str]
     prefix: str
+    ignored: frozenset[str]
 
 
 def architecture(config: PretrainedConfig) -> Architecture:
@@ -295,6 +354,7 @@ def architecture(config: PretrainedConfig) -> Architecture:
         frozenset(state) - frozenset(kept),
         frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)),
         f"{model.base_model_prefix}.",
+        frozenset(model._keys_to_ignore_on_load_unexpected or ()),
     )
 
 

@@ -77,7 +77,7 @@ def test_a_model_that_cannot_be_loaded_is_the_users_error(checkpoint: Path, tmp_
         models.load_model(tmp_path / "nothing")
     broken = Path(shutil.copytree(checkpoint, tmp_path / "broken"))
     (broken / "model.safetensors").write_bytes(b"xx")
-    with pytest.raises(InputError, match="bad-model"):
+    with pytest.raises(InputError, match="weights-damaged"):
         models.load_model(broken)
     (broken / "config.json").write_text("{]")
     with pytest.raises(InputError, match="bad-config"):
