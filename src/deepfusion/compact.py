@@ -103,7 +103,7 @@ def open_base(type: str) -> WholeModel:
     """The public checkpoint of a model type, to which changes refer.
 
     Raises:
-        InputError: it is stored with other names or shapes than the model has, or not as plain numbers, so that nothing can refer to it.
+        InputError: it is stored with other names or shapes than the model has, or quantised: nothing can refer to it.
     """
     folder = models.resolve(type)
     known = models.architecture(models.read_config(folder))

@@ -66,7 +66,8 @@ def check_form(folder: Path | str, config: PretrainedConfig) -> None:
     with TensorReader(folder) as reader:
         odd = [] if method else [name for name in reader.names() if not _is_plain(reader, name)]
         if odd:
-            what = f"{odd[0]} is {str(reader.dtype(odd[0])).removeprefix('torch.')} ({len(odd)} such), and no config says how to read it"
+            dtype = str(reader.dtype(odd[0])).removeprefix("torch.")
+            what = f"{odd[0]} is {dtype} ({len(odd)} such), and the config does not say how to read it"
             raise InputError(what, where=folder, allowed="float32, bfloat16, float16", fix=_SAVE_PLAIN, code="quantised")
 
 
@@ -109,7 +110,7 @@ def _refuse(
 ) -> None:
     if unknown := sorted(unknown):
         if scales := [name for name in unknown if _SCALES.fullmatch(name)]:
-            what = f"{len(scales)} scales of quantised weights, such as {scales[0]}, but no quantization_config says how to read them"
+            what = f"{len(scales)} scales of quantised weights, such as {scales[0]}, and the config does not say how to read them"
             raise InputError(what, where=folder, fix=_SAVE_PLAIN, code="quantised")
         what = f"{len(unknown)} tensors that such a model does not have, such as {unknown[0]}"
         raise InputError(what, where=folder, fix="save the model again with save_pretrained", code="bad-model")
@@ -139,16 +140,20 @@ def loading_options(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def plain_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with all weights as numbers of `dtype`, quantised neither now nor when it is saved.
+    """The model with all weights as numbers of `dtype`, and with no memory of how it came to be when it is saved.
 
     Args:
-        model: as loaded from a quantised checkpoint.
+        model: as loaded from a quantised checkpoint, or with an adapter merged in.
     """
     if getattr(model, "hf_quantizer", None) is not None:
         model = model.dequantize()
     config = copy.deepcopy(model.config)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
+    embeddings: Any = model.get_input_embeddings().weight
+    head: Any = model.get_output_embeddings().weight
+    if config.tie_word_embeddings and not torch.equal(embeddings, head):
+        config.tie_word_embeddings = False  # an adapter has trained one of the two
     # A new one: the loaded model remembers how to quantise itself again when it is saved.
     plain = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     plain.load_state_dict(model.state_dict())

@@ -10,13 +10,20 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import (
@@ -27,6 +34,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.integrations.moe import ExpertsInterface
 from transformers.pytorch_utils import Conv1D
@@ -101,7 +109,7 @@ def resolve(type: str) -> str:
         return _download(type, preset.hub or type)
     else:
         folder = Path(type).expanduser()
-        if not folder.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", type):
+        if is_hub_name(type):
             return _download(type, type)
     if not (folder / "config.json").is_file():
         raise InputError(
@@ -112,18 +120,26 @@ def resolve(type: str) -> str:
     return str(folder)
 
 
+def is_hub_name(type: str) -> bool:
+    """Whether a model type is to be looked for on the hub: OWNER/NAME, and no folder here."""
+    return not Path(type).expanduser().exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", type) is not None
+
+
 @lru_cache
-def _download(type: str, hub: str) -> str:
+def _download(type: str, hub: str, weights: bool = True) -> str:
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model"] if weights else ["config.json"]
     try:
-        wanted = ["*.safetensors", "*.json", "*.txt", "*.model"]
         return snapshot_download(hub, allow_patterns=wanted, ignore_patterns="*/*")
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"cannot fetch {hub} from the Hugging Face hub ({_first_line(error)})",
-            where=type,
-            fix="name a local folder that holds the checkpoint instead, or pre-fill the hub cache",
-            code="no-model",
-        ) from None
+    except GatedRepoError:
+        what, fix = f"the hub gives {hub} only to those who have accepted its terms", "accept them there, and hf auth login"
+        raise InputError(what, where=type, fix=fix, code="no-model") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        what, fix = f"the hub has no model {hub}", "mend the name, or name a local folder that holds the checkpoint"
+        raise InputError(what, where=type, fix=fix, code="no-model") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        fix = "name a local folder that holds the checkpoint, or fetch it into the cache while there is a network"
+        raise InputError(f"{hub} is not in the cache of the hub, and {why}", where=type, fix=fix, code="no-model") from None
 
 
 _TINY_BASES = {
@@ -178,7 +194,7 @@ def model_config(type: str) -> PretrainedConfig:
     preset = PRESETS.get(type)
     if preset is not None and preset.hub is not None:
         return AutoConfig.for_model(preset.model_type, **preset.dimensions)
-    return read_config(resolve(type))
+    return read_config(_download(type, type, weights=False) if is_hub_name(type) else resolve(type))
 
 
 def read_config(folder: str | Path) -> PretrainedConfig:
@@ -190,7 +206,7 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # A config comes from others, and the classes fail in many ways on bad values.
-        raise InputError(f"the config cannot be read ({_first_line(error)})", where=folder, code="bad-config") from None
+        raise InputError(f"the config cannot be read ({first_line(error)})", where=folder, code="bad-config") from None
     config._attn_implementation, config._experts_implementation = None, None
     rows, padding = getattr(config, "vocab_size", None), getattr(config, "pad_token_id", None)
     if rows is not None and padding is not None and not 0 <= padding < rows:
@@ -241,7 +257,7 @@ def load_model(path: str | Path, precision: str = "fp32", quantization: Any = No
     except Exception as error:  # Weights and config come from others, and the classes fail in many ways on bad values.
         if isinstance(error, ImportError) and quantization is not None:
             raise
-        raise InputError(f"the model cannot be loaded ({_first_line(error)})", where=path, code="bad-model") from None
+        raise InputError(f"the model cannot be loaded ({first_line(error)})", where=path, code="bad-model") from None
     formats.check_finite(model.named_parameters(), path)
     return model
 
@@ -257,34 +273,33 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if not tokenizer_files(folder):
         fix = "save the tokenizer of the model there too"
         raise InputError("no tokenizer files", where=path, fix=fix, code="tokenizer-missing")
+    rows: int | None = getattr(read_config(folder), "vocab_size", None)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if rows is not None and last_token(tokenizer)[1] >= rows and (Path(folder) / "tokenizer.json").is_file():
+            # Some classes add tokens of their own that the model has never seen; the file alone does not.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception
-        what = f"the tokenizer cannot be loaded ({_first_line(error)})"
+        what = f"the tokenizer cannot be loaded ({first_line(error)})"
         raise InputError(what, where=path, code="bad-tokenizer") from None
     if not tokenizer.is_fast:
         raise InputError("not a fast tokenizer: it gives no character offsets", where=path, code="slow-tokenizer")
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end-of-text token", where=path, code="bad-tokenizer")
-    check_rows(tokenizer, read_config(folder), path)
+    token, last = last_token(tokenizer)
+    if rows is not None and last >= rows:
+        raise InputError(
+            f"token {last} ({token[:40]!r}) lies beyond the {rows} embeddings", where=path, code="tokenizer-too-large",
+            fix="model.resize_token_embeddings(len(tokenizer)) and train it, or the tokenizer without what was added",
+        )  # fmt: skip
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def check_rows(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, where: object) -> None:
-    """Checks that a model has an embedding for every token, also for those that were added.
-
-    Raises:
-        InputError: it has not (`tokenizer-too-large`).
-    """
-    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
-    if last >= config.vocab_size:
-        raise InputError(
-            f"token {last} ({token[:40]!r}) lies beyond the {config.vocab_size} embeddings", where=where,
-            fix="model.resize_token_embeddings(len(tokenizer)) and train it, or the tokenizer without what was added",
-            code="tokenizer-too-large",
-        )  # fmt: skip
+def last_token(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
+    """The token of the highest id, added ones too; a model needs an embedding for each."""
+    return max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
 
 
 def resolve_precision(precision: str, config: PretrainedConfig) -> str:
@@ -388,7 +403,7 @@ def tokenizer_digest(folder: str | Path) -> str:
     try:
         backend = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
-        raise InputError(f"not a readable tokenizer ({_first_line(error)})", where=path, code="bad-tokenizer") from None
+        raise InputError(f"not a readable tokenizer ({first_line(error)})", where=path, code="bad-tokenizer") from None
     backend.no_padding()
     backend.no_truncation()
     return hashlib.sha256(backend.to_str().encode()).hexdigest()
@@ -489,8 +504,9 @@ def plan(
         text: length of the longest document in characters, default 1024; a token is taken to hold three of them.
 
     Returns:
-        {"budget_bytes", "fits": [{"type", "method", "estimated_bytes"}], "chosen"}: the largest type first, for one
-        type the method that trains most; `chosen` is the first of them, None where nothing fits.
+        {"budget_bytes", "fits": [{"type", "method", "estimated_bytes", "available", "needs"}], "chosen"}: the largest type first,
+        for one type the method that trains most. `needs` says what is missing here, empty where it is `available`. `chosen` is
+        the first that is available, else the first, None where nothing fits.
     """
     tokens = math.ceil((text or 1024) / 3)
     found = []
@@ -501,10 +517,30 @@ def plan(
         for method in methods:
             needed = estimate_training_bytes(config, method, batch_size, longest, precision, lora_rank)
             if needed <= budget_bytes:
-                entry = {"type": type, "method": method, "estimated_bytes": needed}
+                lack = _lack(type, method)
+                entry = {"type": type, "method": method, "estimated_bytes": needed, "available": not lack, "needs": lack}
                 found.append((-size, METHODS.index(method), entry))
     fits = [entry for *_, entry in sorted(found, key=lambda item: item[:2])]
-    return {"budget_bytes": budget_bytes, "fits": fits, "chosen": fits[0] if fits else None}
+    chosen = next((entry for entry in fits if entry["available"]), fits[0] if fits else None)
+    return {"budget_bytes": budget_bytes, "fits": fits, "chosen": chosen}
+
+
+def _lack(type: str, method: str) -> str:
+    """What is missing on this machine before a type can be trained by a method; empty where nothing is."""
+    lacks = []
+    preset = PRESETS.get(type)
+    hub = preset.hub if preset is not None else type if is_hub_name(type) else None
+    if hub is not None and not is_cached(hub):
+        lacks.append(f"download of {hub}")
+    if method == "qlora" and find_spec("bitsandbytes") is None:
+        lacks.append("pip install deepfusion[qlora]")
+    return ", ".join(lacks)
+
+
+def is_cached(hub: str) -> bool:
+    """Whether the cache of the hub holds the config and safetensors weights of a model."""
+    config = try_to_load_from_cache(hub, "config.json")
+    return isinstance(config, str) and any(Path(config).parent.glob("*.safetensors"))
 
 
 def _unit(prefix: str | None, binary: str | None) -> int:
@@ -516,7 +552,7 @@ def _meta_model(config: PretrainedConfig) -> PreTrainedModel:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # A config comes from others, and the classes fail in many ways on bad values.
-        what = f"the config describes no causal language model ({_first_line(error)})"
+        what = f"the config describes no causal language model ({first_line(error)})"
         raise InputError(what, code="bad-config") from None
 
 
@@ -597,5 +633,6 @@ def _saved_tensors(model: PreTrainedModel, batch_size: int, tokens: int) -> list
     return [storage.nbytes() for storage in kept.values()]
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What a library's error says first, or its kind."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -110,7 +110,7 @@ def test_plain_checkpoints_without_any_text(zoo, tmp_path, invoke):
     model = AutoModelForCausalLM.from_pretrained(json.loads(done.out)["checkpoint"])
     assert model.config.num_experts == 3
     registry = json.loads((tmp_path / "run" / "registry.json").read_text("utf-8"))
-    assert [entry["device"] for entry in registry] == ["my-model", "second.model", "third"]
+    assert [entry["device"] for entry in registry] == [device_id("my model"), "second.model", "third"]
 
 
 def test_plan(zoo, settings, invoke):

@@ -66,7 +66,8 @@ def quantised(folder: Path, kind: str) -> PreTrainedModel:
         edit_config(folder, quantization_config=FP8)
         return model
     pytest.importorskip("bitsandbytes")
-    how = BitsAndBytesConfig(load_in_8bit=True) if kind == "int8" else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    how = BitsAndBytesConfig(**(four if kind == "nf4" else {"load_in_8bit": True}))
     AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, dtype=torch.float32).save_pretrained(folder)
     return model
 
