@@ -1,4 +1,4 @@
-"""LoRA adapters as files: what a plain one may say, and the exact update it stands for."""
+"""Adapters as files: what a plain LoRA one may say, the exact update it stands for, and any of PEFT's merged into its base."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
-from deepfusion import models
-from deepfusion.checkpoints import TensorReader
+from deepfusion import formats, models
+from deepfusion.checkpoints import ADAPTER, ADAPTER_CONFIG, TensorReader
 from deepfusion.errors import InputError
 
-ADAPTER = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 MAX_RANK = 1024
 
 # Settings of PEFT that do not change what a plain LoRA adapter computes.
@@ -91,6 +93,72 @@ def adapter_shapes(folder: Path, known: models.Architecture) -> dict[str, tuple[
         shapes[f"base_model.model.{layer}.lora_A.weight"] = (adapter.rank, columns)
         shapes[f"base_model.model.{layer}.lora_B.weight"] = (rows, adapter.rank)
     return shapes
+
+
+def check_mergeable(folder: Path, settings: dict[str, Any]) -> None:
+    """Checks before any work that an adapter of whatever kind can be merged, by its settings and files.
+
+    Args:
+        settings: of `adapter_config.json`.
+
+    Raises:
+        InputError: it is of another task, of a kind that has no merge, pickled, or names code to import.
+    """
+    kind, task = settings.get("peft_type"), settings.get("task_type")
+    where, code = folder / ADAPTER_CONFIG, "bad-adapter-config"
+    if task not in (None, "CAUSAL_LM"):
+        raise InputError(f"an adapter for {task}", where=where, allowed="CAUSAL_LM", code=code)
+    if not any(hasattr(tuner, "merge_and_unload") for name, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items() if name == kind):
+        raise InputError(f"an adapter of type {kind}, which cannot be merged", where=where, allowed="LORA and its like", code=code)
+    if settings.get("megatron_config"):
+        raise InputError("megatron_config is refused: it imports code", where=where, fix="remove it", code=code)
+    if not (folder / ADAPTER).is_file():
+        pickled = any(folder.glob("*.bin"))
+        what = "only pickled weights, which can run code and are not read" if pickled else f"no {ADAPTER}"
+        raise InputError(what, where=folder, fix="save it with save_pretrained of a current PEFT", code="weights-missing")
+
+
+def merged_model(folder: Path, base: Path) -> PreTrainedModel:
+    """The model that an adapter makes of its base, in fp32, with no trace of the adapter.
+
+    Args:
+        folder: an adapter that `check_mergeable` has let through.
+        base: its checkpoint.
+
+    Raises:
+        InputError: the two do not fit, or merging would change what they compute.
+    """
+    model = models.load_model(base)
+    stored = load_file(folder / ADAPTER) if _open(folder / ADAPTER) else {}
+    rows = {len(t) for name, t in stored.items() if re.search(r"(embed_tokens|lm_head|wte|word_embeddings)(\.\w+)*\.weight", name)
+            and t.ndim == 2 and "lora_" not in name}  # fmt: skip
+    if rows and rows != {model.config.vocab_size}:
+        model.resize_token_embeddings(max(rows), mean_resizing=False)  # tokens that came with the adapter
+    try:
+        settings = PeftConfig.from_pretrained(str(folder))
+        settings.inference_mode, settings.task_type = True, settings.task_type or "CAUSAL_LM"
+        settings.base_model_name_or_path = model.name_or_path
+        adapted: Any = get_peft_model(model, settings)
+        found = adapted.load_adapter(str(folder), "default")
+        unread = [*found.missing_keys, *found.unexpected_keys]
+        if unread:
+            what = f"{len(unread)} tensors of the adapter do not fit the base {base.name}, such as {unread[0]}"
+            raise InputError(what, where=folder, code="adapter-differs")
+        probe = torch.arange(2, min(18, model.config.vocab_size))[None]
+        with torch.no_grad():
+            wanted = adapted.eval()(probe).logits
+            merged = formats.plain_model(adapted.merge_and_unload(safe_merge=True), torch.float32)
+            off = float((merged(probe).logits - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
+    except InputError:
+        raise
+    except Exception as error:  # PEFT fails in many ways on settings that are not of its version or do not fit the base
+        what = f"PEFT cannot merge it into {base.name} ({models.first_line(error)})"
+        raise InputError(what, where=folder, code="adapter-differs") from None
+    if not off < 1e-2:
+        fix = "merge it where it was trained, and give the whole model"
+        what = f"merged into {base.name} it computes something else, as where tied embeddings were adapted apart"
+        raise InputError(what, where=folder, fix=fix, code="adapter-differs")
+    return merged
 
 
 def _open(path: Path) -> safe_open:

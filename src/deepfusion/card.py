@@ -16,6 +16,7 @@ from deepfusion.config import Encoder, Encoding, Method
 from deepfusion.digests import sha256_file
 from deepfusion.errors import InputError
 from deepfusion.folders import claim_file, place_to_replace, work_key, write_whole
+from deepfusion.names import DeviceId
 
 CARD = "card.json"
 MAX_CARD_BYTES = 2**20
@@ -39,7 +40,7 @@ class Card(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     schema_version: Literal[1] = 1
-    device: str = Field(pattern=r"^\.?[A-Za-z0-9_-][A-Za-z0-9._-]{0,62}$")
+    device: DeviceId
     type: str = Field(max_length=200)
     model_class: str = Field(pattern=r"^\w{1,100}$")
     signature: str = Field(pattern=r"^[0-9a-f]{64}$")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from deepfusion.folders import sync
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 TOKENIZER_PATTERNS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -32,6 +35,7 @@ TOKENIZER_PATTERNS = (
     "chat_template.jinja",
     "*.model",
 )
+_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -55,17 +59,21 @@ class TensorReader:
         folder: holds `model.safetensors`, or shards with `model.safetensors.index.json`.
 
     Raises:
-        InputError: no folder, no safetensors weights, or a damaged file or index.
+        InputError: no folder, no safetensors weights, a damaged file or index, or shards and index that do not belong together.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self._files: dict[str, safe_open] = {}
         self._file_of: dict[str, str] = {}
+        self._indexed: list[str] = []
         for name in self._shard_names():
             handle = self._open(name)
             self._files[name] = handle
             self._file_of.update(dict.fromkeys(handle.keys(), name))
+        if lost := sorted(set(self._indexed) - set(self._file_of)):
+            what = f"the index names {len(lost)} tensors that are in no shard, such as {lost[0]}"
+            raise InputError(what, where=self.folder / INDEX, code="weights-index")
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
@@ -100,23 +108,41 @@ class TensorReader:
     def _shard_names(self) -> list[str]:
         if (self.folder / INDEX).is_file():
             try:
-                files = set(json.loads((self.folder / INDEX).read_text("utf-8"))["weight_map"].values())
+                tensors = dict(json.loads((self.folder / INDEX).read_text("utf-8"))["weight_map"])
+                files, self._indexed = set(tensors.values()), list(tensors)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InputError("the weight index cannot be read", where=self.folder / INDEX, code="weights-index") from error
             # An index comes from others: it must not reach outside of its folder.
             if not files or any(not isinstance(f, str) or Path(f).name != f or f in (".", "..") for f in files):
                 raise InputError("the weight index names no plain file", where=self.folder / INDEX, code="weights-index")
+            self._check_shards(files)
             return sorted(files)
         if (self.folder / WEIGHTS).is_file():
+            self._check_shards({WEIGHTS})
             return [WEIGHTS]
-        pickled = any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt*"))
+        kinds = {
+            "*.bin": "only pickled weights, which can run code and are not read",
+            "*.pt*": "only pickled weights, which can run code and are not read",
+            "*.gguf": "only GGUF weights, which are not read",
+            "model*.safetensors": f"shards without {INDEX}",
+        }
         raise InputError(
-            "only pickled weights, which can run code and are not read" if pickled else "no weights",
+            next((what for pattern, what in kinds.items() if any(self.folder.glob(pattern))), "no weights"),
             where=self.folder,
             allowed=f"{WEIGHTS}, or shards with {INDEX}",
             fix="save it with model.save_pretrained(folder)",
             code="weights-missing",
         )
+
+    def _check_shards(self, files: set[str]) -> None:
+        """Another program may read the other of two sets of weights, and part of a set is no model."""
+        if lost := sorted(name for name in files if not (self.folder / name).is_file()):
+            what = f"the index names {len(lost)} of {len(files)} files that are not there, such as {lost[0]}"
+            raise InputError(what, where=self.folder, fix="fetch or save the checkpoint again", code="weights-damaged")
+        sets = {path.name for path in self.folder.glob("model*.safetensors") if _SHARD.fullmatch(path.name)}
+        if extra := sorted(sets - files):
+            what = f"weights beside the weights: {', '.join(extra)[:200]}"
+            raise InputError(what, where=self.folder, fix="remove those that are not of this model", code="weights-extra")
 
     def _open(self, name: str) -> safe_open:
         path = self.folder / name

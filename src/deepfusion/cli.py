@@ -111,16 +111,9 @@ def fuse(
     """Make one MoE of models that exist already; needs no text at all by default."""
     from deepfusion import pipeline
     from deepfusion.config import CONFIGS
-    from deepfusion.stages.receive import upload_folders
 
-    overrides = list(set or [])
-    if config is None:
-        # Nobody said how many experts: one per model as long as that stays small.
-        count = min(len(upload_folders(uploads)), 8)
-        overrides = [f"experts={count}", f"top_k={min(2, count)}", *overrides]
-    pipeline.run(
-        load_config(config or CONFIGS / "fuse.yaml", overrides), out, instead=[pipeline.given(uploads)], first=first, last=last
-    )
+    settings = load_config(config or CONFIGS / "fuse.yaml", set or [])
+    pipeline.run(settings, out, instead=[pipeline.given(uploads)], first=first, last=last)
     _print_outcome(out, json_)
 
 
@@ -263,24 +256,15 @@ def generate(
     json_: Json = False,
 ) -> None:
     """Continue a prompt."""
-    import torch
-
     from deepfusion import models
+    from deepfusion.generation import complete
 
     folder = models.resolve(str(model))
-    loaded, tokenizer = models.load_model(folder, "auto").eval(), models.load_tokenizer(folder)
-    start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
-    ids = torch.tensor([start + tokenizer(prompt, add_special_tokens=False).input_ids])
-    torch.manual_seed(seed)
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    with torch.inference_mode():
-        output: torch.Tensor = loaded.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id, **sampling,
-        )  # fmt: skip
-    text = str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    text, tokens = complete(
+        models.load_model(folder, "auto"), models.load_tokenizer(folder), prompt, max_new_tokens, temperature, seed
+    )
     if json_:
-        return _print_json({"prompt": prompt, "completion": text, "tokens": int(output.shape[1] - ids.shape[1])})
+        return _print_json({"prompt": prompt, "completion": text, "tokens": tokens})
     print(prompt + text)
 
 
@@ -301,12 +285,16 @@ def device_plan(
     plan = models.plan(models.parse_memory(memory), names, batch_size=batch_size, text=longest, precision="auto")
     if json_:
         return _print_json(plan)
-    table = Table("type", "method", "estimated", title=f"fits in {memory}")
+    table = Table("type", "method", "estimated", "needs", title=f"fits in {memory}")
     for row in plan["fits"]:
-        table.add_row(row["type"], row["method"], f"{row['estimated_bytes'] / 2**30:.2f} GiB")
+        table.add_row(escape(row["type"]), row["method"], f"{row['estimated_bytes'] / 2**30:.2f} GiB", escape(row["needs"]))
     rich.print(table)
     chosen = plan["chosen"]
-    print(f"chosen: {chosen['type']} with {chosen['method']}" if chosen else "nothing fits: more memory, or a smaller --batch-size")
+    if chosen is None:
+        print("nothing fits: more memory, or a smaller --batch-size")
+    else:
+        first = "" if chosen["available"] else f", which first needs: {chosen['needs']}"
+        print(f"chosen: {chosen['type']} with {chosen['method']}{first}")
 
 
 @device_app.command("train")
@@ -470,12 +458,13 @@ def config_show(config: ConfigFile = None, set: Overrides = None, json_: Json = 
 @config_app.command("check")
 def config_check(config: ConfigFile = None, set: Overrides = None, json_: Json = False) -> None:
     """Check a config: keys, types, data sources and models."""
-    from deepfusion import families, models
+    from deepfusion import bases, models
     from deepfusion.data import make_splits
 
     checked: Config = load_config(config, set or [])
+    checked = bases.with_base(checked, bases.teachers_of_config(checked))
+    bases.check(checked)
     base = models.base_checkpoint(checked.distill.base, checked.family)
-    families.check_base(checked.family, models.read_config(base))
     splits = make_splits(checked)
     facts = {
         "ok": True,

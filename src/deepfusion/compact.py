@@ -90,8 +90,12 @@ def stored_tensors(name: str, shape: tuple[int, ...], encoding: Encoding) -> dic
 
 
 def open_whole(folder: Path | str) -> WholeModel:
-    """The tensors of a checkpoint by their names in the whole model."""
-    known = models.architecture(models.read_config(folder))
+    """The tensors of a checkpoint by their names in the whole model.
+
+    Raises:
+        InputError: they are not plain weights of its class.
+    """
+    known = models.require_plain(folder)
     return WholeModel(folder, known.tensors, known.prefix)
 
 
@@ -99,14 +103,16 @@ def open_base(type: str) -> WholeModel:
     """The public checkpoint of a model type, to which changes refer.
 
     Raises:
-        InputError: it is stored with other names or shapes than the model has, so that nothing can refer to it.
+        InputError: it is stored with other names or shapes than the model has, or quantised: nothing can refer to it.
     """
     folder = models.resolve(type)
-    base, tensors = open_whole(folder), models.architecture(models.read_config(folder)).tensors
+    known = models.architecture(models.read_config(folder))
+    base = WholeModel(folder, known.tensors, known.prefix)
     stored = {name: base.shape(name) for name in base.names()}
-    if odd := sorted(name for name in tensors if stored.get(name) != tensors[name]):
+    if odd := sorted(name for name in known.tensors if stored.get(name) != known.tensors[name]):
         fix = "device.upload=weights, or save the checkpoint again with a current transformers"
         raise InputError(f"{odd[0]} is stored in another layout", where=type, fix=fix, code="base-layout")
+    models.require_plain(folder)
     return base
 
 

@@ -13,10 +13,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deepfusion.errors import InputError
+from deepfusion.names import DeviceId
 
 CONFIGS = Path(__file__).parent / "configs"
-
-DEVICE_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 
 # Beyond what anybody needs, and below what would hang a machine or fill it: a slip of the hand ends in one line.
 MOST_SEED = 2**31 - 1
@@ -44,7 +43,7 @@ class Section(BaseModel):
 class DeviceSpec(Section):
     """One device of a simulated federation."""
 
-    id: str | None = Field(None, description="name of the device; default d00, d01, ...", pattern=DEVICE_ID)
+    id: DeviceId | None = Field(None, description="name of the device; default d00, d01, ...")
     type: str = Field(description="preset of the on-device model, hub name or local folder")
     data: str | list[str] | None = Field(
         None, description="its private text; devices naming the same source share it out; default: a part of data.private"
@@ -158,7 +157,11 @@ class VAASection(Section):
 class DistillSection(Section):
     """Phase II: cross-architecture distillation [DF eq. 7-11]."""
 
-    base: str | None = Field(None, description="public dense base, hub name or folder; default: the tiny base of the family")
+    base: str | None = Field(
+        None,
+        description="public dense base, hub name or folder; default: the largest of given plain checkpoints that can be one, "
+        "else the tiny base of the family",
+    )
     steps: int = Field(1200, ge=0, le=MOST_STEPS, description="optimizer steps over trunk and all bases together")
     trunk_share: float = Field(
         0.0, ge=0, le=1, description="share of the steps spent on one trunk distilled jointly from all proxies, before the bases"
@@ -265,8 +268,13 @@ class Config(Section):
 
     seed: int = Field(0, ge=0, le=MOST_SEED, description="seed of every random choice")
     recipe: Literal["paper", "fused"] = Field("fused", description="paper: faithful to the source; fused: ours")
-    family: Family = Field("qwen3_moe", description="architecture of the resulting MoE")
-    experts: int = Field(4, ge=1, le=MOST_EXPERTS, description="K, number of knowledge domains, bases and experts")
+    family: Family = Field("qwen3_moe", description="architecture of the resulting MoE; by default that of a base chosen by fuse")
+    experts: int = Field(
+        4,
+        ge=1,
+        le=MOST_EXPERTS,
+        description="K, number of knowledge domains, bases and experts; fuse by default: one per sound model, up to 8",
+    )
     top_k: int = Field(2, ge=1, le=MOST_EXPERTS, description="experts used per token")
     devices: int | list[DeviceSpec] | None = Field(
         None, description="number of devices, or a list of them; default: one per file of data.private"
@@ -286,6 +294,15 @@ class Config(Section):
     tune: TuneSection = TuneSection()
     evaluate: EvaluateSection = EvaluateSection()
     federation: FederationSection = FederationSection()
+
+    @model_validator(mode="after")
+    def _defaults_that_fit(self) -> Config:
+        """Of `experts` and `top_k` the one that nobody has set gives way."""
+        if self.top_k > self.experts and "experts" not in self.model_fields_set:
+            object.__setattr__(self, "experts", self.top_k)
+        if self.top_k > self.experts and "top_k" not in self.model_fields_set:
+            object.__setattr__(self, "top_k", self.experts)
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

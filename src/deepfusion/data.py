@@ -17,6 +17,7 @@ from deepfusion import progress
 from deepfusion.chat import chat_template, places, render
 from deepfusion.config import Config, DeviceSpec
 from deepfusion.errors import InputError
+from deepfusion.names import device_ids
 from deepfusion.rows import Example, Turn, conversation
 from deepfusion.sources import choose, expand_source, load_source, shuffled, unique, write_jsonl
 
@@ -250,9 +251,7 @@ def _resolve_devices(config: Config, common: list[str]) -> tuple[list[DeviceSpec
     types = np.random.default_rng(config.seed).choice(config.device.types, size=count).tolist()
     if config.devices is not None:
         return [DeviceSpec(id=name, type=kind) for name, kind in zip(_numbered(count), types, strict=True)], {}
-    stems = [Path(source).stem for source in common]
-    fit = len(set(stems)) == count and all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", stem) for stem in stems)
-    rows = list(zip(stems if fit else _numbered(count), types, common, strict=True))
+    rows = list(zip(device_ids([Path(source).stem for source in common]), types, common, strict=True))
     devices = [DeviceSpec(id=name, type=kind, data=source) for name, kind, source in rows]
     return devices, {name: [source] for name, _, source in rows}
 

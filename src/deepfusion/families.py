@@ -61,13 +61,14 @@ _CLASSES: dict[str, tuple[type[PretrainedConfig], str]] = {
     "deepseek_v2": (DeepseekV2Config, "DeepseekV2ForCausalLM"),
     "deepseek_v3": (DeepseekV3Config, "DeepseekV3ForCausalLM"),
 }
-_BASES = {
+BASES = {
     "qwen2_moe": "qwen2, or qwen2_moe with all layers dense",
     "qwen3_moe": "qwen3 without sliding window, or qwen3_moe with all layers dense",
     "deepseek": "llama without attention_bias and mlp_bias",
     "deepseek_v2": "deepseek_v2 with first_k_dense_replace >= num_hidden_layers and without mlp_bias",
     "deepseek_v3": "deepseek_v3, or deepseek_v2 without rope scaling, with first_k_dense_replace >= num_hidden_layers",
 }
+"""What dense model a family can be made of."""
 _ROUTER_STD = 0.02
 _QUIET_LOGIT = 1e-6  # below the 1e-5 of the contract, above the 6e-8 at which fp32 softmax scores near 1 tie
 _FFN = re.compile(r"(model\.layers\.(\d+)\.mlp\.)(gate_proj|up_proj|down_proj)\.weight")
@@ -156,7 +157,7 @@ def check_base(family: str, base_config: PretrainedConfig) -> None:
         raise InputError(
             f"a base of type {kind} with these settings cannot become {family}",
             where="base",
-            allowed=_BASES[family],
+            allowed=BASES[family],
             code="base-family",
         )
 

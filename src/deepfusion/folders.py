@@ -112,6 +112,11 @@ def claim_file(target: Path, ours: Callable[[str], bool], inputs: Iterable[Path]
     return found
 
 
+def local_path(name: str | Path) -> Path:
+    """A path as a user writes it: `~` and `~NAME` stand for home folders, where there are such."""
+    return Path(os.path.expanduser(name))
+
+
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run folder: it has a manifest, or the ledger of a federation that waits for uploads."""
     if (folder / "federation" / "ledger.sqlite").is_file():

@@ -8,6 +8,7 @@ from pathlib import Path
 from deepfusion import __version__
 from deepfusion.config import Config, config_digest
 from deepfusion.digests import checkpoint_digest, sha256_file
+from deepfusion.folders import local_path
 from deepfusion.sources import local_files
 
 
@@ -38,7 +39,7 @@ def local_inputs(config: Config) -> list[Path]:
         InputError: a glob that matches nothing.
     """
     checkpoints = [*device_types(config), *([config.distill.base] if config.distill.base else [])]
-    folders = [Path(name).expanduser() for name in checkpoints]
+    folders = [local_path(name) for name in checkpoints]
     return [*data_files(config), *(folder for folder in folders if (folder / "config.json").is_file())]
 
 

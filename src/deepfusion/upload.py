@@ -7,7 +7,7 @@ import os
 import re
 import stat
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from deepfusion.config import Encoder
 from deepfusion.digests import sha256_file
 from deepfusion.errors import InputError
 
+REFUSAL = "refused.json"
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_VALUE = 1e6  # no weight of a sound model comes near; larger ones would drown the other members of a cluster
 
@@ -93,6 +94,19 @@ def adopt_checkpoint(folder: Path, out: Path, device: str, embedding: np.ndarray
             deepfusion_version=__version__,
         ),
     )
+
+
+def write_refusal(folder: Path, problem: Problem) -> None:
+    """Leave in place of an upload why there is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / REFUSAL).write_text(json.dumps(asdict(problem), indent=1), "utf-8")
+
+
+def read_refusal(folder: Path) -> Problem | None:
+    """Why there is no upload, if that is all that the folder says."""
+    if not folder.is_dir() or [path.name for path in folder.iterdir()] != [REFUSAL]:
+        return None
+    return Problem(**json.loads((folder / REFUSAL).read_text("utf-8")))
 
 
 def check_upload(folder: Path, max_bytes: int, bases: Collection[str] | None = None) -> list[Problem]:
@@ -306,11 +320,7 @@ def _check_tensor(
 def _check_loading(folder: Path, max_bytes: int, bases: Collection[str] | None) -> Iterator[Problem]:
     """What later stages load: the tokenizer and the generation config; and whether the card tells the truth."""
     card, config = read_card(folder), models.read_config(folder)
-    tokenizer = models.load_tokenizer(folder)
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    if largest >= config.vocab_size:
-        message = f"token {largest} lies beyond the {config.vocab_size} embeddings"
-        yield Problem("tokenizer-too-large", message, "tokenizer.json")
+    models.load_tokenizer(folder)
     if (folder / "generation_config.json").exists():
         GenerationConfig.from_pretrained(folder)
     if card.model_class != models.architecture(config).name:

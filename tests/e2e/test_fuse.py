@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from conftest import overlay, save_checkpoint, small_settings, write_config
+from deepfusion.names import device_id
 
 SMALL = {"data": {"public": ["sampled"], "sampled_documents": 4, "max_chars": 96}, "distill": {"steps": 4}, "tune": {"steps": 2}}
 
@@ -109,7 +110,7 @@ def test_plain_checkpoints_without_any_text(zoo, tmp_path, invoke):
     model = AutoModelForCausalLM.from_pretrained(json.loads(done.out)["checkpoint"])
     assert model.config.num_experts == 3
     registry = json.loads((tmp_path / "run" / "registry.json").read_text("utf-8"))
-    assert [entry["device"] for entry in registry] == ["my-model", "second.model", "third"]
+    assert [entry["device"] for entry in registry] == [device_id("my model"), "second.model", "third"]
 
 
 def test_plan(zoo, settings, invoke):
@@ -134,5 +135,5 @@ def test_the_largest_type_that_fits_is_trained(zoo, settings, tmp_path, invoke):
     done = invoke("device", "train", config, "--data", data, "--out", tmp_path / "My Phone", "--memory", "8GB")
     assert done.code == 0, done.err
     card = json.loads((tmp_path / "My Phone" / "card.json").read_text("utf-8"))
-    assert card["device"] == "My-Phone"
+    assert card["device"] == device_id("My Phone")
     assert card["type"] in ("mini-llama", "mini-bloom")

@@ -77,7 +77,7 @@ def test_a_model_that_cannot_be_loaded_is_the_users_error(checkpoint: Path, tmp_
         models.load_model(tmp_path / "nothing")
     broken = Path(shutil.copytree(checkpoint, tmp_path / "broken"))
     (broken / "model.safetensors").write_bytes(b"xx")
-    with pytest.raises(InputError, match="bad-model"):
+    with pytest.raises(InputError, match="weights-damaged"):
         models.load_model(broken)
     (broken / "config.json").write_text("{]")
     with pytest.raises(InputError, match="bad-config"):
@@ -171,7 +171,8 @@ def test_what_is_no_memory_is_the_users_error(text: str) -> None:
         models.parse_memory(text)
 
 
-def test_the_plan_is_ordered_and_within_the_budget() -> None:
+def test_the_plan_is_ordered_and_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "is_cached", lambda hub: True)
     everything = models.plan(10**12, ["gpt2", "gpt2-medium"])
     assert [(e["type"], e["method"]) for e in everything["fits"]] == [
         (type, method) for type in ("gpt2-medium", "gpt2") for method in models.METHODS
@@ -182,6 +183,17 @@ def test_the_plan_is_ordered_and_within_the_budget() -> None:
     assert smaller["chosen"] == everything["fits"][2]
     assert all(entry["estimated_bytes"] <= budget for entry in smaller["fits"])
     assert models.plan(10**6, ["gpt2"]) == {"budget_bytes": 10**6, "fits": [], "chosen": None}
+
+
+def test_the_plan_says_what_is_missing_and_chooses_what_is_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    found = models.plan(10**12, ["gpt2", "tiny-gpt2"], methods=["full", "lora"])
+    assert [(row["type"], row["available"], row["needs"]) for row in found["fits"]] == [
+        *[("gpt2", False, "download of openai-community/gpt2")] * 2,
+        *[("tiny-gpt2", True, "")] * 2,
+    ]
+    assert found["chosen"] == found["fits"][2]
+    assert models.plan(10**12, ["gpt2"])["chosen"]["needs"].startswith("download of openai-community/gpt2")
 
 
 def test_the_estimate_grows_with_the_work_and_spares_the_config() -> None:

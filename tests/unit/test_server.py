@@ -38,6 +38,13 @@ def test_an_expert_for_each_upload_at_most(tmp_path):
     assert refusal(config, tmp_path / "run", tmp_path / "home") == "fewer-devices-than-experts"
 
 
+def test_a_base_too_small_for_the_suggested_types_is_said_before_any_device_trains(tmp_path):
+    config = load_config(overrides=["federation.wait_for=2", "experts=2", "device.types=[tinyllama]", "devices=null"])
+    assert config.distill.base is None
+    assert refusal(config, tmp_path / "run", tmp_path / "home") == "base-too-small"
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_port_must_be_free(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         assert refusal(WAIT, tmp_path / "run", tmp_path / "home", other.getsockname()[1]) == "port-busy"

@@ -78,11 +78,12 @@ def check_arrived(device: Device, receipt: dict[str, Any]) -> None:
     }
 
 
-def test_hand_in_by_the_store(gateway: Gateway, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = gateway.device("stored", {WEIGHTS: 12 * MIB, "merges.txt": 0})
+@pytest.mark.parametrize("name", ["stored", "клиника-模型一"])
+def test_hand_in_by_the_store(name: str, gateway: Gateway, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = gateway.device(name, {WEIGHTS: 12 * MIB, "merges.txt": 0})
     check_arrived(device, hand_in(device.connection, device.folder, device.offer, device.ticket))
-    assert is_empty(client, "stored")
-    row = gateway.ledger.devices()["stored"]
+    assert is_empty(client, name)
+    row = gateway.ledger.devices()[name]
     assert device.offer.size < row.up < device.offer.size + 20_000
     assert row.received == device.offer.size
 

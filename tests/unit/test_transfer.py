@@ -56,15 +56,16 @@ def wait_until(true: Callable[[], bool]) -> None:
     raise AssertionError("did not come true in 10 seconds")
 
 
-def test_hand_in_and_again(gateway: Gateway, capfd: pytest.CaptureFixture[str]) -> None:
-    device = gateway.device("plain", {WEIGHTS: 20 * MIB, "merges.txt": 0})
+@pytest.mark.parametrize("name", ["plain", "клиника-模型一"])
+def test_hand_in_and_again(name: str, gateway: Gateway, capfd: pytest.CaptureFixture[str]) -> None:
+    device = gateway.device(name, {WEIGHTS: 20 * MIB, "merges.txt": 0})
     receipt = hand_in(device.connection, device.folder, device.offer, device.ticket)
     check_arrived(device, receipt)
     assert receipt["files"] == 3
-    assert "[device plain] upload 100% 20.0 MiB of 20.0 MiB, " in capfd.readouterr().err
+    assert f"[device {name}] upload 100% 20.0 MiB of 20.0 MiB, " in capfd.readouterr().err
     again = hand_in(device.connection, device.folder, device.offer, device.ticket)
     assert again == receipt, "as after a crash that lost the answer"
-    row = gateway.ledger.devices()["plain"]
+    row = gateway.ledger.devices()[name]
     assert device.offer.size < row.up < device.offer.size + 20_000
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +14,10 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from deepfusion.config import DEVICE_ID
 from deepfusion.errors import InputError
 from deepfusion.federation import identity
-from deepfusion.folders import locked, place
+from deepfusion.folders import local_path, locked, place
+from deepfusion.names import check_device_id
 
 DEFAULT = Path("~/.deepfusion/server")
 _LOCK = ".devices.lock"
@@ -43,7 +42,7 @@ class Home:
     """A folder of mode 0700: ca.pem, ca.key, server.pem, server.key, devices.json, the state of Flower's SuperLink."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder.expanduser().resolve()
+        self.folder = local_path(folder).resolve()
         self._version: tuple[int, int] | None = None
         self._known: dict[str, Enrolled] = {}
 
@@ -122,9 +121,7 @@ class Home:
         Raises:
             InputError: not a public key, not a name, or one of both is enrolled already; and all of `check`.
         """
-        if not re.fullmatch(DEVICE_ID, device):
-            allowed = "letters, digits, dots, dashes and underscores, at most 63, the first a letter or digit"
-            raise InputError("not a name of a device", where=device, allowed=allowed, code="bad-device-name")
+        check_device_id(device)
         key = identity.parse_public_line(key_line)
         line = identity.public_line(key)
         with self._changing() as known:

@@ -22,7 +22,7 @@ from deepfusion.federation.connection import Connection, Refused
 from deepfusion.federation.flower import Fleet
 from deepfusion.federation.offer import Offer
 from deepfusion.federation.transfer import hand_in
-from deepfusion.folders import claim_file, write_whole
+from deepfusion.folders import claim_file, local_path, write_whole
 
 DEFAULT_HOME = Path("~/.deepfusion/device")
 POLL_SECONDS = 2.0
@@ -56,7 +56,7 @@ class LocalDevice:
 
         config = device_config(task, self.type)
         try:
-            train_alone(config, self.data, self.folder, self.type, self.memory, task.device)
+            train_alone(config, self.data, self.folder, self.type, self.memory, task.device or None)
         except InputError as error:
             if error.code != "another-upload":
                 raise
@@ -118,7 +118,7 @@ def join(
     receipt = receipt_path(folder)
     if data is not None or receipt.exists():
         claim_file(receipt, _is_receipt)
-    home = home.expanduser()
+    home = local_path(home)
     key = identity.device_key(home / "key.pem")
     context = identity.tls(trusted := identity.trust(server, home, ca, ca_sha256))
     progress.say(f"[device] joins {server}, trusting {trusted or 'the authorities of this system'}")

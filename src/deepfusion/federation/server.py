@@ -11,7 +11,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,7 @@ def start(
         raise InputError(
             what, where="federation.wait_for", fix=f"--set experts={config.federation.wait_for}", code="fewer-devices-than-experts"
         )
+    _check_base(config)
     _check_port(host, port)
     home.prepare([*names, *([host] if host not in ("0.0.0.0", "::") else [])])
     ledger = _open_run(config, out)
@@ -69,6 +72,8 @@ def start(
     with alone, _services(home, out, host, port, certificate, certificate_key) as services, View(ledger, home) as view:
         view.wait(lambda: services.healthy() and _listens(host, port))  # a device that follows the line at once finds it open
         progress.say(f"[server] on a device: {line} --data private.jsonl")
+        if config.distill.base is None:
+            progress.say("[server] the base is the tiny one of the family: for real models name one, --set distill.base=NAME")
         view.wait(lambda: services.healthy() and ledger.closed)
         _make_model(config, out, ledger)
         if stay:
@@ -76,6 +81,19 @@ def start(
             with suppress(KeyboardInterrupt):
                 view.wait(lambda: not services.healthy())
     _keep_late(out, ledger)
+
+
+def _check_base(config: Config) -> None:
+    """Refuses a base too small for types that the operator suggests; a process of its own loads the model framework for that."""
+    if config.distill.base is None and "types" in config.device.model_fields_set:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            pool.submit(_compare_base, config).result()
+
+
+def _compare_base(config: Config) -> None:
+    from deepfusion import bases
+
+    bases.with_base(config, bases.teachers_of_config(config))
 
 
 def _make_model(config: Config, out: Path, ledger: Ledger) -> None:

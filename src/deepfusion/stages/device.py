@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,12 @@ from deepfusion.digests import checkpoint_digest, sha256_file
 from deepfusion.distillation import Collator, Distiller, LossWeights
 from deepfusion.embedding import embed
 from deepfusion.errors import InputError
-from deepfusion.folders import LOCK, locked, open_work, put, remove, whole_folder, work_key
+from deepfusion.folders import LOCK, local_path, locked, open_work, put, remove, whole_folder, work_key
 from deepfusion.jobs import run_jobs
 from deepfusion.metrics import context_limit, evaluate_model
+from deepfusion.names import check_device_id, device_id
 from deepfusion.rows import Example
-from deepfusion.sources import load_source, shuffled
+from deepfusion.sources import load_source, local_files, shuffled
 from deepfusion.training import train
 
 _READ = ("data.max_chars", "data.prompt_loss_weight")  # of the section data, by `train_device`
@@ -77,22 +77,23 @@ def train_alone(config: Config, data: Path, upload: Path, type: str | None, memo
     Args:
         type: model type; None takes the largest of `device.types` that fits `memory`, or their first without a budget.
         memory: budget of the training process.
-        name: of the device; default the name of the upload folder.
+        name: of the device; default the name of the upload folder, made one that devices can have.
 
     An upload that the same request has made is left as it is; an unfinished training of the same request goes on.
 
     Raises:
-        InputError: bad data, nothing fits, or `upload` is somebody else's or another request's (`not-ours`, `another-upload`).
+        InputError: a bad name or bad data, nothing fits, or `upload` is somebody else's or of another request
+            (`not-ours`, `another-upload`).
     """
-    types = [Path(name).expanduser() for name in ([type] if type else config.device.types) if name not in models.PRESETS]
-    upload = claim_upload(upload, [data, *(folder for folder in types if folder.is_dir())])
+    types = [local_path(name) for name in ([type] if type else config.device.types) if name not in models.PRESETS]
+    name = device_id(upload.resolve().name) if name is None else check_device_id(name)
+    upload = claim_upload(upload, [data, *local_files([str(data)]), *(folder for folder in types if folder.is_dir())])
     documents = load_source(str(data))
     say_cut(documents, config.data.max_chars)
     if len(documents) < 2:
         raise InputError("one document is not enough: one is held out", where=data, code="too-few-documents")
     if type is None:
         type = config.device.types[0] if memory is None else _largest(config, memory, documents)
-    name = re.sub(r"[^A-Za-z0-9._-]", "-", name or upload.resolve().name).lstrip("._-")[:64] or "device"
     order = shuffled(documents, config.seed, "held_out")
     count = max(1, len(order) // 10)
     device = DeviceSpec(id=name, type=type, method=None, data=None, memory=memory)
@@ -119,7 +120,7 @@ def _request(config: Config, data: Path, device: DeviceSpec) -> str:
     """Digest of all that the upload of a device depends on, 64 hex digits."""
     settings = config_digest(config, "seed", "precision", *_READ, *(f"device.{key}" for key in _TRAINING))
     start = Path(device.type).name, checkpoint_digest(models.resolve(device.type))  # wherever it lies
-    parts = [__version__, settings, sha256_file(data), *start, str(device.id)]
+    parts = [__version__, settings, *(sha256_file(file) for file in local_files([str(data)])), *start, str(device.id)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

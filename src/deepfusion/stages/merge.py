@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from deepfusion.artefacts import write_model_card
+from deepfusion.bases import layout
 from deepfusion.checkpoints import TensorReader, TensorWriter, copy_tokenizer, tokenizer_files
 from deepfusion.config import Config
 from deepfusion.digests import folder_digest, sha256_file
@@ -37,22 +38,6 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, object]
     # The control of the tune stage: the same MoE with the untouched public base as every expert.
     write_moe(config, [inputs["base"]] * config.experts, False, out / "moe" / "untaught")
     return summary
-
-
-def layout(config: Config) -> MoELayout:
-    """How the MoE of a run is built.
-
-    Raises:
-        InputError: the numbers do not fit each other or the family.
-    """
-    return MoELayout(
-        family=config.family,
-        experts=config.experts,
-        top_k=config.top_k,
-        split=config.merge.split,
-        shared=config.merge.shared_expert,
-        dense_layers=tuple(config.merge.dense_layers),
-    )
 
 
 def write_moe(config: Config, folders: list[Path], prototypes: bool, merged: Path) -> dict[str, object]:

@@ -1,20 +1,25 @@
-"""In place of training devices: take a folder of uploads, or of plain Hugging Face checkpoints that nobody prepared."""
+"""In place of training devices: take a folder of uploads, or of plain checkpoints and adapters that nobody prepared."""
 
 from __future__ import annotations
 
-import re
+import shutil
 from pathlib import Path
 from typing import Any
 
-from deepfusion import progress
+import torch
+
+from deepfusion import models, progress
+from deepfusion.adapters import merged_model
 from deepfusion.artefacts import write_transport
+from deepfusion.checkpoints import copy_tokenizer, tokenizer_files
 from deepfusion.config import Config
 from deepfusion.corpus import sample_texts
 from deepfusion.embedding import embed
 from deepfusion.errors import InputError
 from deepfusion.folders import copy_folder
+from deepfusion.intake import Given, survey
 from deepfusion.jobs import run_jobs
-from deepfusion.upload import adopt_checkpoint
+from deepfusion.upload import Problem, adopt_checkpoint, write_refusal
 
 SAMPLES = 64  # texts a plain checkpoint samples so that its knowledge can be embedded
 
@@ -22,62 +27,58 @@ SAMPLES = 64  # texts a plain checkpoint samples so that its knowledge can be em
 def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     """Copy the uploads in `given`, and in `late` if there is such a folder, to `out`/uploads.
 
-    Plain checkpoints get a card and an embedding of what they sample.
-
-    Uploads are only copied here; the registry decides which of them are sound. `out`/transport.json counts their bytes.
+    Plain checkpoints get a card and an embedding of what they sample, adapters are merged into their bases before. What cannot be
+    read leaves its reason there. The registry decides what is sound. `out`/transport.json counts bytes.
     """
-    folders = _folders(inputs["given"])
-    if "late" in inputs and inputs["late"].is_dir():
-        folders += _folders(inputs["late"])
+    found = survey(inputs["given"], inputs.get("late"))
+    if found.left_out:
+        progress.say(f"left out: {', '.join(found.left_out)}")
     target = out / "uploads"
     target.mkdir(parents=True, exist_ok=True)
     plain = []
-    for folder in folders:
-        if (folder / "card.json").exists():
-            copy_folder(folder, target / folder.name)
+    for model in found.models:
+        if model.kind == "upload":
+            copy_folder(model.folder, target / model.id)
         else:
-            plain.append({"folder": folder, "out": target / _device_name(folder), "config": config})
+            plain.append({"model": model, "out": target / model.id, "work": out / "merged" / model.id, "config": config})
     run_jobs(_adopt, plain, config.jobs)
     write_transport(target, out / "transport.json")
-    return {"uploads": len(folders), "plain_checkpoints": len(plain)}
+    return {"uploads": len(found.models), "plain_checkpoints": len(plain), "left_out": len(found.left_out)}
 
 
-def upload_folders(given: Path) -> list[Path]:
-    """The uploads or checkpoints below a folder, by name; of a run folder those that came in time and those that came late.
-
-    Raises:
-        InputError: no such folder, or nothing in it.
-    """
-    if (given / "manifest.json").is_file():
-        late = given / "late"
-        return _folders(given / "uploads") + (_folders(late) if late.is_dir() else [])
-    return _folders(given)
-
-
-def _folders(given: Path) -> list[Path]:
-    if not given.is_dir():
-        raise InputError("there is no such folder", where=given, allowed="a folder of uploads or of checkpoints", code="no-uploads")
-    folders = sorted(p for p in given.iterdir() if p.is_dir() and ((p / "config.json").exists() or (p / "card.json").exists()))
-    if not folders:
-        raise InputError(
-            "no upload and no checkpoint in this folder",
-            where=given,
-            allowed="subfolders with a card.json or a config.json",
-            code="no-uploads",
-        )
-    return folders
-
-
-def _device_name(folder: Path) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]", "-", folder.name).lstrip(".")[:63]
-
-
-def _adopt(folder: Path, out: Path, config: Config) -> None:
+def _adopt(model: Given, out: Path, work: Path, config: Config) -> None:
+    """Make an upload of a plain checkpoint, or write down why that cannot be."""
     if (out / "card.json").is_file():
         return
-    progress.say(f"[device {out.name}] a plain checkpoint: embedding what it samples")
-    texts = sample_texts(folder, SAMPLES, 512, config.seed, config.precision)
-    if not texts:
-        raise InputError("the checkpoint samples no text", where=folder, code="silent-checkpoint")
+    shutil.rmtree(out, ignore_errors=True)
+    folder = model.folder
+    what = "a plain checkpoint" if model.base is None else f"an adapter, merged into {model.base.name}"
+    named = "" if folder.name == model.id else f" ({folder})"
+    progress.say(f"[device {model.id}] {what}{named}: embedding what it samples")
+    try:
+        if model.base is not None:
+            _merge(folder, model.base, work)
+            folder = work
+        texts = sample_texts(folder, SAMPLES, 512, config.seed, config.precision)
+        if not texts:
+            raise InputError("the checkpoint samples no text", where=model.folder, code="silent-checkpoint")
+    except InputError as error:
+        write_refusal(out, Problem(error.code, _without_place(error), model.folder.name))
+        return
+    except Exception as error:  # No checkpoint may stop the others, whatever it makes a library do.
+        write_refusal(out, Problem("unreadable", f"{type(error).__name__}: {str(error)[:200]}", model.folder.name))
+        return
     embedding = embed(texts, config.device.encoder, config.device.embedding_size)
-    adopt_checkpoint(folder, out, out.name, embedding, config.device.encoder)
+    adopt_checkpoint(folder, out, model.id, embedding, config.device.encoder)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _without_place(error: InputError) -> str:
+    return error.what if error.fix is None else f"{error.what}; fix: {error.fix}"
+
+
+def _merge(adapter: Path, base: Path, out: Path) -> None:
+    """Write the whole model that an adapter stands for, in the dtype of its base, with the tokenizer that came with it."""
+    merged: Any = merged_model(adapter, base)
+    merged.to(models.stored_dtype(base) or torch.float32).save_pretrained(out)
+    copy_tokenizer(adapter if (adapter / "tokenizer.json").is_file() or not tokenizer_files(base) else base, out)

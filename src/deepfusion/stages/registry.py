@@ -12,7 +12,7 @@ from deepfusion import progress
 from deepfusion.card import Card, read_card, weights_digest
 from deepfusion.config import Config
 from deepfusion.errors import InputError
-from deepfusion.upload import Problem, check_upload
+from deepfusion.upload import Problem, check_upload, read_refusal
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
@@ -30,7 +30,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     accepted: dict[str, Card] = {}
     rejected: dict[str, list[Problem]] = {}
     for folder in folders:
-        problems = check_upload(folder, config.federation.max_upload_bytes, bases)
+        refusal = read_refusal(folder)
+        problems = [refusal] if refusal else check_upload(folder, config.federation.max_upload_bytes, bases)
         if not problems:
             card = read_card(folder)
             problems = _check_against(folder.name, card, accepted, uploads)
