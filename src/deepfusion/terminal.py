@@ -11,8 +11,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
-import click
 import typer.core
 import typer.main
 
@@ -21,6 +21,9 @@ from deepfusion.errors import InputError, no_access
 
 # What a shell reports of a program that a signal has ended: 128 and its number (SIGINT, SIGPIPE, SIGTERM).
 INTERRUPTED, CLOSED, TERMINATED = 130, 141, 143
+
+# Later versions of typer have a copy of click of their own, and raise its errors.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 _PLAIN = {
     "–": "-",
@@ -63,15 +66,14 @@ def run(command: Callable[[], object]) -> int:
             code = left if isinstance(left, int) else 0
         except InputError as error:
             return _refuse(error)
-        except click.exceptions.NoArgsIsHelpError:
-            return 2  # its help is printed
-        except click.UsageError as error:
-            return _refuse(usage_error(error))
+        except UsageError as error:
+            # Who asked for nothing was shown the help.
+            return 2 if type(error).__name__ == "NoArgsIsHelpError" else _refuse(usage_error(error))
         except UnicodeEncodeError as error:
             if error.encoding.lower().replace("-", "") == "utf8":
                 raise
             return _refuse(_no_such_letter(error))
-        except (KeyboardInterrupt, click.Abort):
+        except (KeyboardInterrupt, typer.Abort):
             code = INTERRUPTED
         except BrokenPipeError:
             code = CLOSED
@@ -92,7 +94,7 @@ def run(command: Callable[[], object]) -> int:
     return code
 
 
-def usage_error(error: click.UsageError) -> InputError:
+def usage_error(error: Any) -> InputError:
     """What the parser of the command line says, as one line of ours."""
     what, *hints = re.split(r"\s*\(?(?:Did you mean|Possible options:)\s*", " ".join(error.format_message().split()))
     what = re.sub(r"'(-{1,2}[\w-]+)'", r"\1", what).rstrip(". ")

@@ -233,7 +233,7 @@ def test_the_mean_over_domains_counts_each_domain_once(tokenizer: PreTrainedToke
     rows = found["by_domain"]
     for key in ("log_perplexity", "bits_per_byte", "token_accuracy"):
         assert found["mean_over_domains"][key] == pytest.approx(sum(row[key] for row in rows.values()) / len(rows))
-        assert found["mean_over_domains"][key] != pytest.approx(found[key], rel=1e-6)
+    assert found["mean_over_domains"]["bits_per_byte"] != pytest.approx(found["bits_per_byte"], rel=1e-3)
     assert found["mean_over_domains"]["choice_accuracy"] == rows["quiz"]["choice_accuracy"]  # the only domain with options
 
 
