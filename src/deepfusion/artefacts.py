@@ -63,13 +63,18 @@ def write_final_card(config: Config, run: Path, folder: Path) -> None:
         'model = AutoModelForCausalLM.from_pretrained("this folder")\n'
         'tokenizer = AutoTokenizer.from_pretrained("this folder")\n```',
         _lineage(clusters, registry),
-        f"Base: `{config.distill.base or 'the tiny base of the family'}`. Public text: {', '.join(config.data.public)}. "
+        f"Base: `{_base_name(config.distill.base)}`. Public text: {', '.join(config.data.public)}. "
         f"Architecture: {', '.join(model.get('architectures', [config.family]))}.",
         _metrics(evaluation),
         "The devices' text is not part of this model's training data, but weights can memorise: nothing here is a formal guarantee "
         "of privacy. Not for clinical or financial decisions.",
     ]
     (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n", "utf-8")
+
+
+def _base_name(base: str | None) -> str:
+    """Of a local folder the last part only: a path may name people."""
+    return "the tiny base of the family" if base is None else Path(base).name if Path(base).exists() else base
 
 
 def _lineage(clusters: list[dict[str, Any]], registry: dict[str, dict[str, Any]]) -> str:
