@@ -75,7 +75,7 @@ def write_final_card(config: Config, run: Path, folder: Path) -> None:
         'model = AutoModelForCausalLM.from_pretrained("this folder")\n'
         'tokenizer = AutoTokenizer.from_pretrained("this folder")\n```',
         _lineage(clusters, registry),
-        f"Base: `{cell(config.distill.base or 'the tiny base of the family')}`. {_texts(config)} "
+        f"Base: `{cell(_base_name(config.distill.base))}`. {_texts(config)} "
         f"Architecture: {', '.join(model.get('architectures', [config.family]))}.",
         _metrics(evaluation),
         f"{_privacy(config, bool(uploads))} Not for clinical or financial decisions.",
@@ -113,6 +113,11 @@ def _privacy(config: Config, uploads: bool) -> str:
     wrote = ", and what the proxies wrote can repeat it" if "sampled" in config.data.public else ""
     unread = "No private text of a device was read to make it, but weights" if uploads else "Weights"
     return f"{unread} can memorise what a model was trained on{wrote}: this is no guarantee of privacy."
+
+
+def _base_name(base: str | None) -> str:
+    """Of a local folder the last part only: a path may name people."""
+    return "the tiny base of the family" if base is None else Path(base).name if Path(base).exists() else base
 
 
 def _lineage(clusters: list[dict[str, Any]], registry: dict[str, dict[str, Any]]) -> str:

@@ -48,11 +48,7 @@ def check_form(folder: Path | str, config: PretrainedConfig) -> None:
             undone here, shards and index that do not belong together, or numbers that are none without scales.
     """
     folder = Path(folder)
-    if (folder / ADAPTER_CONFIG).is_file():
-        raise InputError(
-            "an adapter, not a whole model", where=folder, code="adapter-alone",
-            fix="deepfusion fuse takes it beside its base; or merge it with PEFT's merge_and_unload and save that",
-        )  # fmt: skip
+    refuse_adapter(folder)
     known, named = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ""), config.architectures or []
     if named and known not in named:
         raise InputError(
@@ -69,6 +65,18 @@ def check_form(folder: Path | str, config: PretrainedConfig) -> None:
             dtype = str(reader.dtype(odd[0])).removeprefix("torch.")
             what = f"{odd[0]} is {dtype} ({len(odd)} such), and the config does not say how to read it"
             raise InputError(what, where=folder, allowed="float32, bfloat16, float16", fix=_SAVE_PLAIN, code="quantised")
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises:
+    InputError: the folder holds an adapter, whether or not beside a whole model.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        whole = any(folder.glob("model*.safetensors"))
+        what, fix = "an adapter, not a whole model", "deepfusion fuse takes it beside its base; or merge it with PEFT and save that"
+        if whole:
+            what, fix = "an adapter beside a whole model: which one is meant?", "move one of both away"
+        raise InputError(what, where=folder, fix=fix, code="adapter-alone")
 
 
 def require_plain(
@@ -129,8 +137,9 @@ def check_loading(folder: Path | str, loading: dict[str, Any]) -> None:
         InputError: tensors are missing, of another shape, or unknown.
     """
     with TensorReader(folder) as reader:
-        stored = set(reader.names())
-        unknown = [n for n in loading["unexpected_keys"] if n not in stored or not is_derived(n, reader.shape(n))]
+        derived = [name for name in reader.names() if is_derived(name, reader.shape(name))]
+    # Where the checkpoint leaves the trunk's prefix out, the loader tells of names that have it.
+    unknown = [name for name in loading["unexpected_keys"] if not any(f".{name}".endswith(f".{known}") for known in derived)]
     _refuse(folder, unknown, loading["missing_keys"], loading["mismatched_keys"])
 
 

@@ -113,6 +113,7 @@ def resolve(type: str) -> str:
         if is_hub_name(type):
             return _download(type, type)
     if not (folder / "config.json").is_file():
+        formats.refuse_adapter(folder)
         raise InputError(
             f"{type} is no preset and no folder with a config.json",
             allowed=f"{', '.join(PRESETS)}, a hub name, or a local checkpoint folder",

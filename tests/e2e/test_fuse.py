@@ -7,7 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+import yaml
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from conftest import overlay, save_checkpoint, small_settings, write_config
 from deepfusion.names import device_id
@@ -111,6 +114,93 @@ def test_plain_checkpoints_without_any_text(zoo, tmp_path, invoke):
     assert model.config.num_experts == 3
     registry = json.loads((tmp_path / "run" / "registry.json").read_text("utf-8"))
     assert [entry["device"] for entry in registry] == [device_id("my model"), "second.model", "third"]
+
+
+def save_model(folder: Path, like: Path, seed: int, **changes: object) -> None:
+    config = AutoConfig.from_pretrained(like)
+    config.update(changes)
+    save_checkpoint(folder, config, AutoTokenizer.from_pretrained(like), seed=seed)
+
+
+def save_adapter(folder: Path, base: Path, named: str) -> None:
+    settings = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings).save_pretrained(folder)
+    values = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    (folder / "adapter_config.json").write_text(json.dumps(values | {"base_model_name_or_path": named}))
+
+
+NAMES = ("模型一", "模型二", "my model (v1)", "my model [v1]", "x" * 64, "x" * 65, "...")
+FAST = ("--set", "device.embedding_size=16", "--set", "jobs=1", "--set", "precision=fp32")
+
+
+def test_every_model_in_comes_out_or_is_named_with_its_reason(zoo, tmp_path, invoke):
+    given, run = tmp_path / "given", tmp_path / "run"
+    for number, name in enumerate(NAMES):
+        save_model(given / name, zoo["mini-llama"], number)
+    save_model(given / "largest", zoo["mini-llama"], 8, hidden_size=24)
+    save_adapter(given / "tuned", given / "模型一", "模型一")
+    save_model(given / "broken", zoo["mini-llama"], 9)
+    weights = given / "broken" / "model.safetensors"
+    save_file({name: tensor / 0 for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    save_model(given / "classifier", zoo["mini-llama"], 10)
+    AutoModelForSequenceClassification.from_pretrained(given / "classifier").save_pretrained(given / "classifier")
+    (given / "notes.txt").write_text("")
+    (given / "data").mkdir()
+    done = invoke("fuse", given, "--out", run, *FAST, "--until", "cluster", "--json")
+    assert done.code == 0, done.err
+    registry = {entry["device"] for entry in json.loads((run / "registry.json").read_text("utf-8"))}
+    rejected = json.loads((run / "rejected.json").read_text("utf-8"))
+    assert {name: problems[0]["code"] for name, problems in rejected.items()} == {
+        "broken": "non-finite", "classifier": "not-a-language-model",
+    }  # fmt: skip
+    assert len(registry) == len(NAMES) + 2
+    assert {"模型一", "模型二", "largest", "tuned"} < registry
+    assert "left out: data (no config.json), notes.txt (not a folder)" in done.err
+    settings = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
+    assert (settings["family"], settings["experts"], settings["top_k"]) == ("deepseek", 8, 2)
+    assert settings["distill"]["base"] == str(run / "uploads" / "largest")
+    told = done.err.splitlines()
+    assert any(line.startswith("base largest: ") and "MoE of 8 experts: " in line and "active per token" in line for line in told)
+    assert any(line.startswith("models: ") and "8 llama (" in line and "1 llama (" in line for line in told)
+
+
+def test_experts_are_counted_when_it_is_known_who_is_sound(zoo, tmp_path, invoke):
+    given = tmp_path / "given"
+    for number in range(3):
+        save_model(given / f"m{number}", zoo["mini-llama"], number)
+    shutil.copytree(given / "m0", given / "twin")
+    (given / "torn").mkdir()
+    (given / "torn" / "config.json").write_text("{}")
+    done = invoke("fuse", given, "--out", tmp_path / "run", *FAST, "--until", "cluster")
+    assert done.code == 0, done.err
+    clusters = json.loads((tmp_path / "run" / "clusters.json").read_text("utf-8"))
+    assert (clusters["experts"], len(clusters["clusters"])) == (3, 3)
+    done = invoke("fuse", given, "--out", tmp_path / "run", *FAST, "--set", "experts=5", "--until", "cluster")
+    line = done.err.splitlines()[-1]
+    assert done.code == 2
+    assert "3 sound models are fewer than experts=5; set aside: " in line
+    assert "torn: " in line
+    assert "twin: the same weights as the upload of m0 [duplicate-weights]" in line
+
+
+def test_what_cannot_be_fused_is_refused_before_any_work(zoo, tmp_path, invoke):
+    given = tmp_path / "given"
+    save_model(given / "one", zoo["mini-llama"], 0)
+    save_adapter(given / "tuned", given / "one", "somebody/else")
+    for arguments, place in (
+        ((given,), "needs its base somebody/else"),
+        ((given / "one",), f"give the folder that holds it: {given}"),
+    ):
+        done = invoke("fuse", *arguments, "--out", tmp_path / "run", *FAST)
+        assert (done.code, done.out) == (2, "")
+        assert place in done.err.splitlines()[-1]
+        assert not (tmp_path / "run").exists()
+    shutil.rmtree(given / "tuned")
+    save_model(given / "gpt2", zoo["mini-gpt2"], 1, n_embd=1024)
+    done = invoke("fuse", given, "--out", tmp_path / "run", *FAST, "--set", "family=qwen3_moe")
+    assert done.code == 2
+    assert done.err.splitlines()[-1].endswith("[base-too-small]")
+    assert not (tmp_path / "run").exists()
 
 
 def test_plan(zoo, settings, invoke):

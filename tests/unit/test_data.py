@@ -31,6 +31,7 @@ from deepfusion.data import (
     write_jsonl,
 )
 from deepfusion.errors import InputError
+from deepfusion.names import is_device_id
 
 WORDS = st.lists(st.text("ab é\n", max_size=9), max_size=60).map(" ".join)
 
@@ -194,6 +195,20 @@ def test_a_device_for_every_file(tmp_path: Path) -> None:
     assert [(device.id, device.data) for device in splits.devices] == [("bank", second), ("ward", first)]
     for name, part in splits.private.items():
         assert {example.domain for example in part} == {name}
+
+
+def test_devices_are_called_as_their_files_and_never_two_alike(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    sources = [documents(tmp_path, name, 30) for name in ("больница", "my ward (1)", "my ward [1]", "x" * 64)]
+    twin = tmp_path / "other" / "больница.jsonl"
+    sources.append(str(Path(documents(tmp_path, "elsewhere", 30)).rename(twin)))
+    devices = split({"private": sources}, devices=None).devices
+    assert [device.data for device in devices] == sources
+    names = [str(device.id) for device in devices]
+    assert all(map(is_device_id, names))
+    assert len(set(names)) == len(sources)
+    assert "больница" in names
+    assert names[1].startswith("my-ward-1-")
 
 
 def test_listed_devices_share_their_sources_unevenly(tmp_path: Path) -> None:

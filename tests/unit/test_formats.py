@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from device_models import make_model, save_checkpoint, save_tokenizer
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from deepfusion import models
 from deepfusion.compact import open_whole
 from deepfusion.errors import InputError
+from deepfusion.upload import adopt_checkpoint, check_upload
 
 IDS = torch.randint(1, 280, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -237,6 +239,33 @@ def test_one_rule_for_every_command_that_reads_a_model(form: str, tmp_path: Path
         assert not list((tmp_path / "run").rglob("card.json"))
 
 
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_a_quantised_checkpoint_is_adopted_with_its_real_values(kind: str, tmp_path: Path) -> None:
+    quantised(tmp_path / "q", kind)
+    adopt_checkpoint(tmp_path / "q", tmp_path / "up", "up", np.eye(8)[0], "hashing")
+    assert check_upload(tmp_path / "up", 10**9) == []
+    torch.testing.assert_close(models.load_model(tmp_path / "up")(IDS).logits, models.load_model(tmp_path / "q")(IDS).logits)
+
+
+def test_what_is_read_tensor_by_tensor_must_be_plain_before_any_training(tmp_path: Path, invoke: Callable[..., Any]) -> None:
+    """An adapter or a change refers to the public checkpoint as it is stored."""
+    quantised(tmp_path / "q", "fp8")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": f"the cat sat on mat {n}"}) + "\n" for n in range(20)))
+    for choice in ("method=lora", "upload=delta8"):
+        done = invoke(
+            "device", "train", "--data", tmp_path / "data.jsonl", "--out", tmp_path / "up", "--type", tmp_path / "q",
+            "--set", f"device.{choice}",
+        )  # fmt: skip
+        assert done.code == 2
+        assert done.err.splitlines()[-1].endswith("[quantised]")
+
+
+def test_an_adapter_without_a_config_is_named_as_one(tmp_path: Path) -> None:
+    adapter(tmp_path)
+    with pytest.raises(InputError, match=r"an adapter, not a whole model.*fuse takes it.*\[adapter-alone\]"):
+        models.load_model(tmp_path)
+
+
 def test_what_older_versions_stored_beside_the_weights_loses_nothing(tmp_path: Path) -> None:
     for kind, extra in {
         "gpt2": {"transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64), "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)},
@@ -246,6 +275,9 @@ def test_what_older_versions_stored_beside_the_weights_loses_nothing(tmp_path: P
         edit_tensors(tmp_path / kind, lambda tensors, extra=extra: tensors | extra)
         assert torch.equal(models.load_model(tmp_path / kind)(IDS).logits, exact(IDS).logits)
         assert set(open_whole(tmp_path / kind).names()) == set(models.architecture(exact.config).tensors)
+        prefix = f"{exact.base_model_prefix}."
+        edit_tensors(tmp_path / kind, lambda tensors, prefix=prefix: {n.removeprefix(prefix): t for n, t in tensors.items()})
+        assert torch.equal(models.load_model(tmp_path / kind)(IDS).logits, exact(IDS).logits)
 
 
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])

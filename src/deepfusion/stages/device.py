@@ -161,7 +161,10 @@ def train_device(
         _check_memory(config, device, method)
     base = models.resolve(device.type)
     precision = models.resolve_precision(config.precision, models.read_config(base))
-    public = None if encoding == "weights" else open_base(device.type)  # whatever is wrong with it is said before the training
+    # Whatever is wrong with the public checkpoint, which others will read tensor by tensor, is said before the training.
+    if method != "full":
+        models.require_plain(base)
+    public = None if encoding == "weights" else open_base(device.type)
     tokenizer = models.load_tokenizer(base)
     student = _load_student(base, method, precision, name)
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
