@@ -65,6 +65,7 @@ def evaluate_model(
     batch_size: int = 16,
     max_chars: int = 1024,
     choices: bool = True,
+    lm_eval: bool = True,
 ) -> dict[str, Any]:
     """Measure a model on documents; every completion token counts once, prompts and end tokens never do.
 
@@ -75,12 +76,13 @@ def evaluate_model(
         batch_size: windows (or options) per forward pass; fewer where their logits would not fit.
         max_chars: characters per window.
         choices: also score every option of multiple-choice documents.
+        lm_eval: where `choices`, once more as lm-evaluation-harness does, which has other marks.
 
     Returns:
         `log_perplexity` (nats per counted token), `perplexity`, `bits_per_byte` (of the completions, so that models
         with different tokenizers compare), `token_accuracy` (share of tokens predicted exactly), `choice_accuracy`
         (the option of the highest likelihood per byte of the completion, its leading space counted, after our start
-        mark), `acc` and `acc_norm` (those of lm-evaluation-harness, see `choices`; all three None without options),
+        mark), `acc` and `acc_norm` (those of lm-evaluation-harness, see `choices`; all three None where not asked for),
         `tokens`, `examples`: over all tokens. The same keys per domain in `by_domain`. The headline is
         `mean_over_domains`, the plain means of the domains, whatever their numbers of tokens.
 
@@ -92,7 +94,7 @@ def evaluate_model(
     for example in examples:
         scored.extend(_windows(tokenizer, example, max_chars, context_limit(model), choices))
     _score(model, [row for window in scored for row in window.rows], batch_size)
-    asked = [example for example in examples if choices and example.options and example.answer is not None]
+    asked = [e for e in examples if choices and lm_eval and e.options and e.answer is not None]
     verdicts = judge_choices(model, tokenizer, asked, batch_size=batch_size)
     documents = [example.domain for example in examples]
     by_domain = {

@@ -126,7 +126,8 @@ def measure(
     if found is not None:
         return found
     model, tokenizer = _load(folder, precision), load_tokenizer(folder)
-    metrics = evaluate_model(model, tokenizer, examples, batch_size=batch_size, max_chars=max_chars, choices=choices)
+    sizes = {"batch_size": batch_size, "max_chars": max_chars}
+    metrics = evaluate_model(model, tokenizer, examples, **sizes, choices=choices, lm_eval=False)
     use = None
     if routers:
         few = capped(examples, EXPERT_USE_DOCUMENTS, 0)
