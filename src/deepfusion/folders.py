@@ -26,7 +26,6 @@ KEY = "key"
 """File in a work folder with the digest of what was asked; it proves that the folder is ours."""
 
 LOCK = ".lock"
-_POLL_SECONDS = 0.005
 
 
 # What may be written -------------------------------------------------------------------------------------------------
@@ -325,7 +324,8 @@ def work_key(folder: Path) -> str | None:
         names = [path.name for path in _entries(folder)]
         text = (folder / KEY).read_text("utf-8", "replace") if (folder / KEY).is_file() else ""
         # A kill between folder and key leaves an empty folder, or a part of the key alone in it.
-        if re.fullmatch(r"[0-9a-f]{64}", text) or (names in ([], [KEY]) and re.fullmatch(r"[0-9a-f]{0,63}", text)):
+        torn = not names or (names == [KEY] and (folder / KEY).is_file() and re.fullmatch(r"[0-9a-f]{0,63}", text))
+        if torn or re.fullmatch(r"[0-9a-f]{64}", text):
             return text
     fix = "move it away, or choose another --out"
     raise InputError("in the way, and DeepFusion did not make it", where=folder, fix=fix, code="not-ours")
@@ -358,16 +358,17 @@ def _let_go(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, busy: InputError | None = None) -> Iterator[None]:
+def locked(path: Path, busy: InputError | None = None, poll_seconds: float = 0.05) -> Iterator[None]:
     """Alone, of all processes that lock this file, until the block ends.
 
     Args:
         busy: raised where another process is at work; None waits for it.
+        poll_seconds: how often who waits looks again; beside busy processes who seldom looks starves.
 
     Raises:
         InputError: `busy`, or the file cannot be written (`bad-out`).
     """
-    lock = FileLock(path, timeout=-1 if busy is None else 0, poll_interval=_POLL_SECONDS)
+    lock = FileLock(path, timeout=-1 if busy is None else 0, poll_interval=poll_seconds)
     try:
         lock.acquire()
     except Timeout:

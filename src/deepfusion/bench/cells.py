@@ -90,6 +90,8 @@ def run_cells(cells: Sequence[Cell], runs: Path, results: Path, workers: int | N
     """
     claim_bench(runs)
     results = place(results)
+    for path in results.glob("*.json"):
+        read_cell(path)  # the page of all results could not be written in the end
     open_ = [cell for cell in cells if stored(cell, results) is None]
     if len(open_) < len(cells):
         progress.say(f"[bench] {len(cells) - len(open_)} of {len(cells)} cells have their result already")
