@@ -306,7 +306,7 @@ def test_no_command_touches_what_it_did_not_make(zoo, tmp_path_factory, inside, 
         ["bench", "costs", "--out", out / "photo.jpg"],
     ]
     for command in commands:
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as left:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as left:  # noqa: PT012
             patch.setattr(sys, "argv", ["deepfusion", *map(str, command)])
             if command[:2] in (["bench", "page"], ["bench", "costs"]) and not (folder / command[-1]).exists():
                 sys.exit(2)  # nothing there that could be lost

@@ -157,7 +157,7 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
 
 def test_a_folder_is_whole_or_not_there(tmp_path):
     target = tmp_path / "out"
-    with pytest.raises(ZeroDivisionError), folders.whole_folder(target) as part:
+    with pytest.raises(ZeroDivisionError), folders.whole_folder(target) as part:  # noqa: PT012
         (part / "half").write_text("")
         _ = 1 / 0
     assert not list(tmp_path.iterdir())
@@ -170,7 +170,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
 
 def test_what_came_meanwhile_is_not_replaced(tmp_path):
     target = tmp_path / "out"
-    with pytest.raises(InputError) as error, folders.whole_folder(target) as part:
+    with pytest.raises(InputError) as error, folders.whole_folder(target) as part:  # noqa: PT012
         (part / "all").write_text("")
         target.mkdir()
         (target / "mine").write_text("mine")
