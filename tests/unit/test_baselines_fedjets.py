@@ -363,6 +363,9 @@ def test_killed_runs_end_with_the_weights_of_an_undisturbed_one(zoo, settings, t
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert "d00 round 1" not in errors
-    whole = run(config_of(overlay(values, device={"steps": 24}), tmp_path), {"start": start}, tmp_path / "whole", FedJETS(rounds=3))
-    assert run(config_of(values, tmp_path), {"start": start}, killed) == whole
+    config = config_of(overlay(values, device={"steps": 24}), tmp_path)
+    whole = run(config, {"start": start}, tmp_path / "whole", FedJETS(rounds=3))
+    assert run(config, {"start": start}, killed, FedJETS(rounds=3)) == whole
+    with pytest.raises(InputError, match="another-run"):  # what is finished answers no other request
+        run(config_of(values, tmp_path), {"start": start}, killed)
     assert digests(killed, "moe") == digests(tmp_path / "whole", "moe")
