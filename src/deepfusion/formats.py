@@ -34,6 +34,8 @@ def quantisation(config: PretrainedConfig) -> str | None:
     found: Any = getattr(config, "quantization_config", None)
     if found is None:
         return None
+    if isinstance(found, str):
+        return found
     values = found if isinstance(found, dict) else found.to_dict()
     if values.get("load_in_8bit") or values.get("load_in_4bit"):
         return "bitsandbytes"

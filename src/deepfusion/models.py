@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -648,4 +649,4 @@ def _saved_tensors(model: PreTrainedModel, batch_size: int, tokens: int) -> list
 
 def first_line(error: BaseException) -> str:
     """What a library's error says first, or its kind."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return textwrap.shorten((str(error).strip() or type(error).__name__).splitlines()[0], 300, placeholder=" ...")

@@ -24,6 +24,7 @@ from deepfusion.errors import InputError
 from deepfusion.rows import FORMATS
 
 KEYS = ("text", "prompt", "completion", "question", "messages", "conversations", "instruction")  # one of them is in every row
+_BESIDE = ("options", "choices", "answer", "answer_idx", "domain", "input", "output")  # what stands beside them
 PACKED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 # What datasets and checkpoints keep beside their data.
@@ -60,9 +61,9 @@ def suffix(path: Path) -> str:
 
 def is_data(path: Path) -> bool:
     """Whether a file in a folder of data is meant as data: by its name, or else by what it holds."""
-    if path.name.startswith("._") or path.name.lower() in _ABOUT:  # the first are what macOS leaves beside files
+    if path.name.startswith("._"):  # what macOS leaves beside files
         return False
-    if suffix(path) in SUFFIXES:
+    if suffix(path) in SUFFIXES and path.name.lower() not in _ABOUT:
         return True
     try:
         with open(path, "rb") as file:
@@ -220,7 +221,7 @@ def _csv_rows(path: Path, number: int, line: str, lines: Iterator[tuple[int, str
     for delimiter in ",\t;|":
         with suppress(csv.Error):
             columns = [name.strip() for name in next(csv.reader([line.rstrip("\r\n")], delimiter=delimiter), [])]
-            columns = [name.lower() if name.lower() in KEYS else name for name in columns]
+            columns = [name.lower() if name.lower() in (*KEYS, *_BESIDE) else name for name in columns]
             if not set(columns).isdisjoint(KEYS):
                 break
     else:
@@ -229,6 +230,8 @@ def _csv_rows(path: Path, number: int, line: str, lines: Iterator[tuple[int, str
         else:
             what, code = "the file looks like plain text", "bad-file"
         raise InputError(what, where=f"{path}:{number}", allowed=FORMATS, fix=f"one document a row, as {_READS}", code=code)
+    if twice := sorted({name for name in columns if name and columns.count(name) > 1}):
+        raise InputError(f"the column {twice[0]} stands twice", where=f"{path}:{number}", code="bad-csv")
     reader = csv.reader((later for _, later in lines), delimiter=delimiter, strict=True)
     start = number + 1
     while True:
@@ -249,7 +252,9 @@ def _csv_rows(path: Path, number: int, line: str, lines: Iterator[tuple[int, str
 def _csv_row(cells: dict[str, str], place: str) -> dict[str, Any]:
     """Cells as the values that JSON would have: empty ones are absent, lists and objects are parsed, indexes are numbers."""
     row: dict[str, Any] = {key: value for key, value in cells.items() if value.strip()}
-    for key in ("options", "messages", "conversations"):
+    if set(row).isdisjoint(KEYS):
+        row = dict(cells)  # so that what is empty is called so
+    for key in ("options", "choices", "messages", "conversations"):
         if str(row.get(key, "")).lstrip().startswith(("[", "{")):
             row[key] = _json(row[key], place)
     options, answer = row.get("options"), str(row.get("answer", ""))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -124,21 +124,40 @@ def parse_row(values: object, domain: str) -> Example:
         raise InputError("a row must be a JSON object", allowed=FORMATS, code="bad-row")
     row = {key: value for key, value in values.items() if value is not None}
     domain = _string(row, "domain") if "domain" in row else domain
-    if "messages" in row or "conversations" in row or isinstance(row.get("completion"), list):
-        example = _messages_row(row, domain)
-    elif "completion" in row:
-        example = _prompt_row(row, domain)
-    elif "question" in row:
-        example = _question_row(row, domain)
-    elif "instruction" in row:
-        example = _instruction_row(row, domain)
-    elif "text" in row:
-        example = Example("", _string(row, "text"), domain)
-    else:
-        raise InputError(f"no known keys in {sorted(map(str, row))[:8]}", allowed=FORMATS, code="unknown-format")
+    example = _reader(row)(row, domain)
     if any(0xD800 <= ord(character) <= 0xDFFF for character in f"{example.text}{domain}{''.join(example.options)}"):
         raise InputError("half of a surrogate pair is not text", code="bad-text")
     return example
+
+
+def unread_keys(values: Row) -> set[str]:
+    """Keys of a row that `parse_row` has read whose texts, lists and objects it makes nothing of."""
+    row = {key: value for key, value in values.items() if value is not None}
+    reader = _reader(row)
+    read = {"domain", *_READS[reader]}
+    if reader is _question_row and "options" not in row:
+        read |= set(LETTERS) if "choices" not in row else {"choices"}
+    found = {str(key) for key, value in row.items() if key not in read and isinstance(value, str | list | Mapping) and value}
+    if reader is _messages_row:
+        for key in ("messages", "conversations", "prompt", "completion"):
+            for message in row[key] if isinstance(row.get(key), list) else ():
+                found |= {f"{key}.{inner}" for inner, value in message.items() if inner not in _MESSAGE and value}
+    return found
+
+
+def _reader(row: Row) -> Callable[[Row, str], Example]:
+    if "messages" in row or "conversations" in row or isinstance(row.get("completion"), list):
+        return _messages_row
+    for key, reader in (("completion", _prompt_row), ("question", _question_row), ("instruction", _instruction_row)):
+        if key in row:
+            return reader
+    if "text" in row:
+        return _text_row
+    raise InputError(f"no known keys in {sorted(map(str, row))[:8]}", allowed=FORMATS, code="unknown-format")
+
+
+def _text_row(row: Row, domain: str) -> Example:
+    return Example("", _string(row, "text"), domain)
 
 
 def _string(row: Row, key: str, empty: bool = False) -> str:
@@ -165,10 +184,16 @@ def _prompt_row(row: Row, domain: str) -> Example:
 
 def _question_row(row: Row, domain: str) -> Example:
     question = f"Question: {_string(row, 'question').strip()}\n"
-    answer = row.get("answer_idx", row.get("answer"))
+    answer = row.get("answer_idx", row.get("answer", row.get("answerKey")))
     if answer is None:
         raise InputError('the question has no "answer"', allowed=FORMATS, code="no-answer")
-    options = row.get("options")
+    options = row.get("options", row.get("choices"))
+    if options is None and "A" in row and "B" in row:  # a column for each option
+        options = {letter: row[letter] for letter in LETTERS if letter in row}
+    if isinstance(options, Mapping) and set(options) == {"text", "label"}:  # as in ARC
+        if not all(isinstance(part, list) for part in options.values()) or len(options["text"]) != len(options["label"]):
+            raise InputError('"text" and "label" of the choices must be lists of one length', code="bad-options")
+        options = dict(zip(map(str, options["label"]), options["text"], strict=True))
     if options is None:
         if not isinstance(answer, str) or not answer.strip():
             raise InputError('"answer" must be text where there are no options', code="bad-answer")
@@ -286,3 +311,14 @@ def _instruction_row(row: Row, domain: str) -> Example:
     given = _string(row, "input", empty=True).strip() if "input" in row else ""
     prompt = f"Instruction: {_string(row, 'instruction').strip()}\n" + (f"Input: {given}\n" if given else "")
     return Example(f"{prompt}Answer:", f" {_string(row, 'output').strip()}", domain)
+
+
+# What each form reads of a row, besides its domain.
+_MESSAGE = {"role", "from", "content", "value", "weight", "tool_calls", "function_call"}
+_READS: dict[Callable[[Row, str], Example], set[str]] = {
+    _messages_row: {"messages", "conversations", "prompt", "completion", "tools", "functions"},
+    _prompt_row: {"prompt", "completion", "options", "answer"},
+    _question_row: {"question", "options", "answer", "answer_idx", "answerKey"},
+    _instruction_row: {"instruction", "input", "output"},
+    _text_row: {"text"},
+}

