@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
@@ -56,11 +57,12 @@ def read_documents(path: str | Path, domain: str | None = None) -> list[Example]
         InputError: no such file, no rows, or a bad row; names file and line or row.
     """
     path = Path(path)
+    domain = domain or os.fsencode(stem(path)).decode("utf-8", "replace")  # a name need not be text
     examples = []
     unread: set[str] = set()
     for place, row in read_rows(path):
         try:
-            examples.append(parse_row(row, domain or stem(path)))
+            examples.append(parse_row(row, domain))
         except InputError as error:
             raise error.at(place) from None
         unread |= unread_keys(cast(Row, row))

@@ -292,7 +292,9 @@ def test_two_rounds_teach_the_moe_the_text_of_all_devices(zoo, settings, tmp_pat
     assert set(map(str, summary["devices"].values())) == {str({"up_bytes": moved, "down_bytes": moved})}
     assert summary["total_up_bytes"] == summary["total_down_bytes"] == 5 * moved
     assert not (tmp_path / "out" / "work").exists()
-    assert run(config, {"start": start}, tmp_path / "out") == summary
+    assert run(config, {"start": start}, tmp_path / "out", FedJETS(rounds=2, learning_rate=1e-2)) == summary
+    with pytest.raises(InputError, match="made of other data, settings or checkpoints"):
+        run(config, {"start": start}, tmp_path / "out", FedJETS(rounds=3, learning_rate=1e-2))
 
 
 def test_the_learning_rate_is_one_cosine_over_all_rounds(zoo, settings, tmp_path):

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -272,3 +273,9 @@ def test_a_path_is_a_path_whatever_it_holds(tmp_path: Path, name: str, monkeypat
     (folder / name).write_text(lines(ROWS), "utf-8")
     assert local_files([str(folder)]) == [folder / name]
     assert len(load_source(str(folder))) == len(ROWS)
+
+
+def test_a_file_whose_name_is_no_text_is_read(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl"))
+    path.write_text('{"text": "a"}\n')
+    assert read_documents(path) == [Example("", "a", "caf\ufffd")]

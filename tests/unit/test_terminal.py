@@ -162,6 +162,7 @@ def test_mistakes_of_usage_are_one_line(line: str, said: str, invoke: Callable[.
 
 def test_version_and_completion(invoke: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     assert invoke("--version") == (0, f"deepfusion {__version__}\n", "")
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")  # which shell runs these tests does not matter
     script = invoke("--show-completion", "bash")
     assert "_DEEPFUSION_COMPLETE=" in script.out
     assert script.code == 0
