@@ -224,6 +224,6 @@ def command() -> Callable[..., subprocess.CompletedProcess[str]]:
     def call(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, "-m", "deepfusion.cli", *map(str, arguments)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=cwd, timeout=1200, check=False)
+        return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=cwd, timeout=600, check=False)
 
     return call
