@@ -223,6 +223,7 @@ def zipped() -> bytes:
         (b"text,n\n,3\n", '"text" is empty'),
         (lines(ROWS).encode("utf-16")[:-1], "not UTF-16 text"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "file",  # packed files hold the time
 )
 def test_other_files_say_what_they_look_like_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "data"
