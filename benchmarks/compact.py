@@ -13,10 +13,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, get_args
 
-from deepfusion.card import read_card, write_card
-from deepfusion.compact import DELTA, open_base, open_whole, write_delta
 from deepfusion.config import Config, Encoding, load_config
+from deepfusion.models.compact import DELTA, open_base, open_whole, write_delta
 from deepfusion.stages import evaluate, proxy, registry
+from deepfusion.uploads.card import read_card, write_card
 
 HERE = Path(__file__).parent
 ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import psutil
 
-from deepfusion.card import Card, write_card
 from deepfusion.config import DeviceSpec, load_config
 from deepfusion.federation import identity
-from deepfusion.federation.home import Home
+from deepfusion.federation.server.home import Home
+from deepfusion.uploads.card import Card, write_card
 
 SIMULATED, REAL = 128, 8
 UPLOAD_BYTES = 2**20
@@ -68,8 +68,8 @@ def upload(folder: Path, device: str, seed: int) -> Path:
 
 def embedded(folder: Path) -> dict[str, float]:
     """128 simulated devices; runs in a process of its own."""
-    from deepfusion.federation.embedded import SimulatedDevice, collect
-    from deepfusion.federation.ledger import Ledger
+    from deepfusion.federation.flower.embedded import SimulatedDevice, collect
+    from deepfusion.federation.server.ledger import Ledger
     from deepfusion.stages import device as stage
 
     config = load_config(overrides=["jobs=1"])
@@ -124,7 +124,7 @@ def _real(folder: Path) -> dict:
             check=True, capture_output=True,
         )  # fmt: skip
         seconds.append(time.perf_counter() - began)
-    from deepfusion.federation.ledger import Ledger
+    from deepfusion.federation.server.ledger import Ledger
 
     rows = Ledger(run).devices().values()
     over.set()

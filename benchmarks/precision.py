@@ -16,12 +16,14 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from deepfusion import models, pipeline
-from deepfusion.corpus import Document
-from deepfusion.data import reading_order, windows
-from deepfusion.distillation import Collator, Distiller, LossWeights
-from deepfusion.sources import load_source
-from deepfusion.training import train
+from deepfusion import pipeline
+from deepfusion.learning.corpus import Document
+from deepfusion.learning.distillation import Collator, Distiller, LossWeights
+from deepfusion.learning.order import reading_order
+from deepfusion.learning.training import train
+from deepfusion.models.loading import BF16_WIDTH, hardware_precision, load_tokenizer
+from deepfusion.text.sources import load_source
+from deepfusion.text.windows import windows
 
 HERE = Path(__file__).parent
 WIDTHS = {128: 40, 256: 20, 512: 10}  # and steps that are timed
@@ -40,7 +42,7 @@ def measure(kind: str, width: int, steps: int, precision: str) -> tuple[float, i
     if kind == "qwen2_moe":
         own |= {"moe_intermediate_size": width, "num_experts": 8, "num_experts_per_tok": 4, "norm_topk_prob": True}
         own |= {"shared_expert_intermediate_size": 2 * width}
-    tokenizer = models.load_tokenizer("tiny-qwen2")
+    tokenizer = load_tokenizer("tiny-qwen2")
     config = AutoConfig.for_model(kind, num_hidden_layers=4, vocab_size=len(tokenizer), **own)
     torch.manual_seed(0)
     module = Distiller(AutoModelForCausalLM.from_config(config), LossWeights())
@@ -74,7 +76,7 @@ def main() -> None:
 
 Training steps of {BATCH} documents of at most 512 characters, 4 layers, one thread; seconds a step after a warm-up, and peak
 memory of the process. `qwen2_moe` has 8 experts, 4 of them for a token. {hardware["cores"]} cores of {hardware["machine"]}, bf16
-native: {models.hardware_precision() == "bf16"}; torch {torch.__version__}. One run each, beside other work on the machine,
+native: {hardware_precision() == "bf16"}; torch {torch.__version__}. One run each, beside other work on the machine,
 so small differences mean nothing.
 
 | model | width | fp32, s | bf16, s | fp32 / bf16 | fp32, GiB | bf16, GiB |
@@ -83,7 +85,7 @@ so small differences mean nothing.
 
 Every new shape of a bf16 product (each length of a batch, each number of tokens that an expert gets) is compiled before it is
 first computed, which takes milliseconds and memory whatever its size; and the backward pass of bf16 attention is slow over short
-texts. So `precision: auto` takes bf16 on a CPU for models at least {models.BF16_WIDTH} wide.
+texts. So `precision: auto` takes bf16 on a CPU for models at least {BF16_WIDTH} wide.
 """
     (HERE / "precision.md").write_text(text, "utf-8")
 

@@ -30,9 +30,9 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "unit"))
 from gateways import Device, Faults, Gateway
 
-from deepfusion.card import read_card, write_card
 from deepfusion.digests import sha256_file
 from deepfusion.federation.offer import read_offer
+from deepfusion.uploads.card import read_card, write_card
 
 WEIGHTS = "model.safetensors"
 

@@ -9,7 +9,7 @@ from deepfusion import __version__
 from deepfusion.config import Config, config_digest
 from deepfusion.digests import checkpoint_digest, sha256_file
 from deepfusion.folders import local_path
-from deepfusion.sources import local_files
+from deepfusion.text.sources import local_files
 
 
 def data_files(config: Config) -> list[Path]:

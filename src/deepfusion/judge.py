@@ -22,8 +22,8 @@ from urllib.parse import urlsplit
 
 from deepfusion import progress
 from deepfusion.errors import InputError
-from deepfusion.rows import Example
-from deepfusion.sources import choose
+from deepfusion.text.rows import Example
+from deepfusion.text.sources import choose
 
 if TYPE_CHECKING:  # Scoring needs no model framework.
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,8 +83,8 @@ def answer_all(
     """
     import torch
 
-    from deepfusion.data import prompt_ids
-    from deepfusion.metrics import context_limit
+    from deepfusion.models.loading import context_limit
+    from deepfusion.text.encoding import prompt_ids
 
     limit = context_limit(model) or CONTEXT_TOKENS
     most = min(max_tokens, limit // 2)

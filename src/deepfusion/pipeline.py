@@ -23,14 +23,20 @@ from typing import Any
 import psutil
 import torch
 
-from deepfusion import __version__, bases, families, jobs, models, progress
+from deepfusion import __version__, jobs, progress
 from deepfusion.config import Config, config_digest, save_config
 from deepfusion.digests import checkpoint_digest, sha256_file
 from deepfusion.errors import InputError
+from deepfusion.families import bases
+from deepfusion.families.moe import moe_config
 from deepfusion.folders import LOCK, claim_run, is_run, locked, make, open_work, remove, sync, write_whole
 from deepfusion.inputs import data_files, device_types, local_inputs
-from deepfusion.intake import Survey, given_folders, survey
+from deepfusion.learning.memory import estimate_training_bytes, require_memory
+from deepfusion.models.architecture import parameter_total, read_config
+from deepfusion.models.presets import base_checkpoint, local_digest
+from deepfusion.report.page import is_report
 from deepfusion.stages import cluster, device, distill, evaluate, merge, proxy, receive, registry, report, tune
+from deepfusion.uploads.intake import Survey, given_folders, survey
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "tokenizers", "scikit-learn", "numpy")
 
@@ -213,7 +219,7 @@ def _run_stage(stage: Stage, config: Config, out: Path, key: str, manifest: dict
     manifest["stages"][stage.name] = entry
     _write_manifest(out, manifest)
     inputs = {name: out / path for name, path in stage.inputs.items()}
-    inputs |= {"run": out, "base": models.base_checkpoint(config.distill.base, config.family)}
+    inputs |= {"run": out, "base": base_checkpoint(config.distill.base, config.family)}
     finished = work / "finished.json"
     if not finished.is_file():
         spent = float((work / "seconds").read_text("utf-8")) if (work / "seconds").is_file() else 0.0
@@ -258,9 +264,9 @@ def _stage_key(stage: Stage, config: Config, out: Path) -> str:
     if "data.private" in stage.keys:
         parts += [f"{path}={sha256_file(path)}" for path in data_files(config)]
     if "types" in stage.checkpoints:
-        parts += [f"{type}={digest}" for type in device_types(config) if (digest := models.local_digest(type))]
+        parts += [f"{type}={digest}" for type in device_types(config) if (digest := local_digest(type))]
     if "base" in stage.checkpoints:
-        parts.append(f"base={checkpoint_digest(models.base_checkpoint(config.distill.base, config.family))}")
+        parts.append(f"base={checkpoint_digest(base_checkpoint(config.distill.base, config.family))}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -274,7 +280,7 @@ def _retire(out: Path, name: str, work: Path, known: list[dict[str, str]]) -> No
     old = out / name
     if not os.path.lexists(old):
         return
-    if not old.is_symlink() and (_digest(old) in [made.get(name) for made in known] or report.is_report(old)):
+    if not old.is_symlink() and (_digest(old) in [made.get(name) for made in known] or is_report(old)):
         aside = work / "old" / name
         aside.parent.mkdir(parents=True, exist_ok=True)
     else:
@@ -351,9 +357,9 @@ def _say(lines: Sequence[str], before: Sequence[str]) -> Sequence[str]:
 def _check_feasible(config: Config, out: Path) -> None:
     """Refuse a run that cannot end well, for its base or for lack of disk or memory, before any work is lost."""
     bases.check(config)
-    base = models.read_config(models.base_checkpoint(config.distill.base, config.family))
-    moe = families.moe_config(base, bases.layout(config))
-    weights = 4 * models.parameter_total(base)
+    base = read_config(base_checkpoint(config.distill.base, config.family))
+    moe = moe_config(base, bases.layout(config))
+    weights = 4 * parameter_total(base)
     # K bases, a trunk, the merged MoE, its control and the tuned two, and the checkpoints of a training (weights, two moments).
     disk = (config.experts + 1) * weights + 4 * config.experts * weights + 6 * config.experts * weights
     free = shutil.disk_usage(out).free
@@ -363,13 +369,13 @@ def _check_feasible(config: Config, out: Path) -> None:
     if torch.cuda.is_available():
         return
     tokens = config.data.max_chars // 3
-    needed = models.estimate_training_bytes(base, "full", config.distill.batch_size, tokens)
+    needed = estimate_training_bytes(base, "full", config.distill.batch_size, tokens)
     fix = "a smaller base, distill.batch_size or data.max_chars"
-    models.require_memory(needed, "distilling one base", where="distill.base", fix=fix)
+    require_memory(needed, "distilling one base", where="distill.base", fix=fix)
     if config.tune.steps and config.tune.train_experts:
-        needed = models.estimate_training_bytes(moe, "full", config.tune.batch_size, tokens)
+        needed = estimate_training_bytes(moe, "full", config.tune.batch_size, tokens)
         fix = "fewer experts, a smaller distill.base, tune.batch_size or data.max_chars"
-        models.require_memory(needed, "tuning the MoE", where="tune", fix=fix)
+        require_memory(needed, "tuning the MoE", where="tune", fix=fix)
 
 
 def provenance() -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from deepfusion.bench.methods import METHODS
-from deepfusion.bench.tables import ROWS
+from deepfusion_bench.methods import METHODS
+from deepfusion_bench.tables import ROWS
 
 pytestmark = pytest.mark.slow
 

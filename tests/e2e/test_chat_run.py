@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from conftest import overlay, run_settings, sentences, write_rows
-from deepfusion.models import load_model, load_tokenizer
+from deepfusion.models.loading import load_model, load_tokenizer
 
 BASE = "{% for m in messages %}{{ eos_token + m['role'] + '\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
 DEVICE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {{ eos_token }}{% endfor %}"

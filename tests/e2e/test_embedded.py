@@ -8,7 +8,7 @@ import pytest
 
 from conftest import digests, overlay, run_settings, small_settings, write_config
 from deepfusion.errors import InputError
-from deepfusion.federation import embedded
+from deepfusion.federation.flower import embedded
 
 
 def test_the_uploads_and_the_model_are_those_of_the_local_pipeline(zoo, tmp_path):

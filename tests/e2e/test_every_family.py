@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import overlay, run_settings, sentences, write_rows
-from deepfusion.corpus import read_corpus
+from deepfusion.learning.corpus import read_corpus
 
 pytestmark = pytest.mark.slow
 

@@ -24,10 +24,10 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from conftest import overlay, sentences, write_config, write_rows
-from deepfusion.card import read_card
 from deepfusion.digests import sha256_file
 from deepfusion.federation import identity
-from deepfusion.federation.home import Home
+from deepfusion.federation.server.home import Home
+from deepfusion.uploads.card import read_card
 from network import Proxy
 
 pytestmark = pytest.mark.slow

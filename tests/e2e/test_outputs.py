@@ -17,10 +17,10 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from conftest import Outcome, digests, run_settings, save_checkpoint, sentences, small_settings, write_config, write_rows
-from deepfusion import deepen
 from deepfusion.cli import main
 from deepfusion.errors import InputError
-from deepfusion.families import export_deepseek_v1
+from deepfusion.families.moe import export_deepseek_v1
+from deepfusion.models import deepen
 
 # device train
 

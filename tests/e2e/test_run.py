@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import digests, overlay, run_settings, sentences, small_settings, write_config, write_rows
 from deepfusion.config import load_config
-from deepfusion.corpus import read_corpus
-from deepfusion.data import make_splits
 from deepfusion.errors import InputError
+from deepfusion.learning.corpus import read_corpus
 from deepfusion.pipeline import NAMES, status
+from deepfusion.text.splits import make_splits
 
 METRICS = {
     "log_perplexity", "perplexity", "bits_per_byte", "token_accuracy", "choice_accuracy", "tokens", "examples",

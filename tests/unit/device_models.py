@@ -11,10 +11,13 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from deepfusion import models
-from deepfusion.card import Card, write_card
-from deepfusion.compact import open_base, write_delta
 from deepfusion.config import Encoding
+from deepfusion.models.architecture import architecture, read_config
+from deepfusion.models.compact import open_base, write_delta
+from deepfusion.models.loading import load_model
+from deepfusion.models.presets import LORA_TARGETS, base_digest
+from deepfusion.models.signature import type_signature
+from deepfusion.uploads.card import Card, write_card
 
 TEXT = ["the cat sat on the mat", "a dog ran over the hill and far away", "one two three four five six seven"]
 DIMENSIONS = {
@@ -61,8 +64,8 @@ def card(folder: Path, device: str, **facts: object) -> Card:
     values = {
         "device": device,
         "type": "tiny",
-        "model_class": models.architecture(models.read_config(folder)).name,
-        "signature": models.type_signature(folder, digest),
+        "model_class": architecture(read_config(folder)).name,
+        "signature": type_signature(folder, digest),
         "base": "tiny-gpt2",
         "base_digest": digest,
         "method": "full",
@@ -87,8 +90,8 @@ def save_upload(folder: Path, kind: str = "gpt2", seed: int = 0, **facts: object
 
 def save_adapter_upload(folder: Path, base: Path, seed: int = 0, rslora: bool = False, **facts: object) -> PreTrainedModel:
     """A sound upload of a LoRA adapter of the checkpoint `base`; returns the model it stands for."""
-    model = models.load_model(base)
-    targets = models.LORA_TARGETS
+    model = load_model(base)
+    targets = LORA_TARGETS
     lora = LoraConfig(r=3, lora_alpha=5, target_modules=targets, task_type="CAUSAL_LM", use_rslora=rslora)
     adapted = get_peft_model(model, lora)
     torch.manual_seed(seed)
@@ -99,22 +102,22 @@ def save_adapter_upload(folder: Path, base: Path, seed: int = 0, rslora: bool = 
     (folder / "README.md").unlink(missing_ok=True)
     model.config.save_pretrained(folder)
     save_tokenizer(folder)
-    digest = models.base_digest(str(base))
+    digest = base_digest(str(base))
     write_card(folder, card(folder, folder.name, method="lora", base=str(base), base_digest=digest, **facts))
     return adapted.merge_and_unload()
 
 
 def save_compact_upload(folder: Path, base: Path, encoding: Encoding = "delta8", seed: int = 0, **facts: object) -> PreTrainedModel:
     """A sound compact upload of the checkpoint `base` with every weight moved a little; returns the exact model in fp32."""
-    model = models.load_model(base)
+    model = load_model(base)
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
     folder.mkdir(parents=True, exist_ok=True)
     error = write_delta(folder, model.state_dict(), open_base(str(base)), encoding)
-    models.read_config(base).save_pretrained(folder)
+    read_config(base).save_pretrained(folder)
     save_tokenizer(folder)
-    about = {"base": str(base), "base_digest": models.base_digest(str(base)), "encoding": encoding, "encoding_error": error}
+    about = {"base": str(base), "base_digest": base_digest(str(base)), "encoding": encoding, "encoding_error": error}
     write_card(folder, card(folder, folder.name, **about, **facts))
     return model

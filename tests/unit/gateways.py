@@ -20,13 +20,13 @@ import httpx
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from deepfusion.card import Card, write_card
 from deepfusion.config import parse_config, save_config
 from deepfusion.federation import identity
-from deepfusion.federation.connection import Connection
-from deepfusion.federation.home import Home
-from deepfusion.federation.ledger import Ledger
+from deepfusion.federation.device.connection import Connection
 from deepfusion.federation.offer import Offer, read_offer
+from deepfusion.federation.server.home import Home
+from deepfusion.federation.server.ledger import Ledger
+from deepfusion.uploads.card import Card, write_card
 
 _HAND_IN = """
 import json, sys
@@ -126,7 +126,7 @@ class Gateway:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Gateway:
-        line = [sys.executable, "-m", "deepfusion.federation.gateway", "--home", self.home.folder, "--run", self.run]
+        line = [sys.executable, "-m", "deepfusion.federation.server.gateway", "--home", self.home.folder, "--run", self.run]
         line += ["--host", "127.0.0.1", "--port", self.port, "--superlink", self.superlink]
         with open(self.folder / "gateway.log", "ab") as log:
             self.process = subprocess.Popen([str(part) for part in line], stdout=log, stderr=log)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from deepfusion.align import Alignment, align_offsets, collate, identity_alignment, shared_vocabulary, token_weights
+from deepfusion.learning.align import Alignment, align_offsets, collate, identity_alignment, shared_vocabulary, token_weights
 
 CORPUS = [
     "The patient has 3 fevers, and the doctor's notes say so.",

@@ -9,17 +9,19 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[2] / "src" / "deepfusion"
-MODULES = sorted(p for p in SOURCE.rglob("*.py") if p.name != "__init__.py")
-FLOOR = ("errors", "config", "names", "progress", "tiny")
+SOURCE = Path(__file__).parents[2] / "src"
+MODULES = sorted(p for p in SOURCE.rglob("*.py") if p.name not in ("__init__.py", "__main__.py"))
+# From the ground up: each may import what stands before it, and nothing else.
+FLOOR = ("errors", "names", "config", "progress", "digests", "folders", "jobs", "tiny")
+ROOMS = (
+    *("text", "inputs", "models", "uploads", "families", "learning", "report", "judge"),
+    *("stages", "pipeline", "federation", "cli", "bench"),
+)
 
 
-def _level(module: str) -> int:
-    """The lower, the more others may import it."""
-    top = module.partition(".")[0]
-    if top in FLOOR:
-        return 0
-    return {"stages": 2, "baselines": 3, "pipeline": 3, "federation": 4, "bench": 4, "cli": 5}.get(top, 1)
+def _room(module: str) -> str:
+    package, *rest = module.split(".")
+    return "bench" if package == "deepfusion_bench" else rest[0]
 
 
 def _imports(path: Path) -> set[str]:
@@ -31,9 +33,7 @@ def _imports(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: relative import"
             found.add(node.module)
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    known = {_name(module) for module in MODULES} | {"tiny"}
-    ours = {name.removeprefix("deepfusion.") for name in found if name.startswith("deepfusion.")}
-    return ours & known
+    return found & ({_name(module) for module in MODULES} | {"deepfusion.tiny"})
 
 
 def _name(path: Path) -> str:
@@ -44,9 +44,29 @@ def _name(path: Path) -> str:
 def test_imports_go_down(path: Path) -> None:
     own = _name(path)
     for other in _imports(path):
-        assert _level(other) <= _level(own), f"{own} imports {other}, which lies above it"
-        if _level(own) == 2:
-            assert _level(other) < 2, f"stage {own} imports stage {other}: stages meet through folders"
+        if _room(own) == _room(other):
+            assert _room(own) != "stages", f"{own} imports {other}: stages meet through folders"
+        elif _room(other) not in FLOOR:
+            assert _room(own) in ROOMS, f"{own} stands on the floor and imports {other}"
+            assert ROOMS.index(_room(other)) < ROOMS.index(_room(own)), f"{own} imports {other}, which lies above it"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_flower_is_known_in_one_place(path: Path) -> None:
+    names = {
+        name.split(".")[0]
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+    }
+    assert "flwr" not in names or _name(path).startswith("deepfusion.federation.flower.")
+
+
+def test_the_first_level_has_ten_rooms_at_most_and_each_says_what_it_is_for() -> None:
+    rooms = sorted(path.parent for path in (SOURCE / "deepfusion").glob("*/__init__.py"))
+    assert len(rooms) <= 10
+    for room in rooms:
+        assert ast.get_docstring(ast.parse((room / "__init__.py").read_text("utf-8"))), f"{room.name} does not say"
 
 
 def test_libraries_have_no_cycles() -> None:
@@ -72,8 +92,9 @@ def test_no_untrusted_code(path: Path) -> None:
             assert node.value.value is False
 
 
-@pytest.mark.parametrize("module", ["server", "join", "gateway", "coordinator"])
+@pytest.mark.parametrize("module", ["server.start", "device.join", "server.gateway", "flower.coordinator"])
 def test_moving_uploads_needs_no_model_framework(module: str) -> None:
-    check = f"import sys, deepfusion.cli, deepfusion.federation.{module}; print({{'torch', 'transformers'}} & set(sys.modules))"
+    imported = f"deepfusion.cli.app, deepfusion.federation.{module}"
+    check = f"import sys, {imported}; print({{'torch', 'transformers'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

@@ -14,9 +14,10 @@ from rich.console import Console
 
 from conftest import overlay, run_settings
 from deepfusion import pipeline
-from deepfusion.artefacts import cell, write_final_card
 from deepfusion.config import parse_config
-from deepfusion.stages import distill, report
+from deepfusion.report.artefacts import cell, write_final_card
+from deepfusion.report.page import render, summary_table
+from deepfusion.stages import distill
 
 
 def entry(device: str, tokens: int) -> dict[str, Any]:
@@ -105,10 +106,10 @@ def test_one_mean_everywhere(tmp_path: Path) -> None:
     text = card(tmp_path, [entry("a", 5), entry("b", 5)])
     assert "Mean over the domains long, short" in text
     assert "| this model | 4.000 | 2.000 | 20.0% | 25.0% |" in text
-    html = report.render(tmp_path)
+    html = render(tmp_path)
     assert re.search(r"<b>20\.0 %</b><span>token accuracy, mean over 2 domains", html)
     console = Console(width=120, record=True)
-    console.print(report.summary_table(tmp_path))
+    console.print(summary_table(tmp_path))
     shown = console.export_text()
     assert re.search(r"DeepFusion MoE .*4\.000 +20\.0% +25\.0%", shown)
     for pooled in ("3.200", "1.600", "16.0%", "16.0 %"):

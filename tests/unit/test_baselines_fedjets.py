@@ -24,8 +24,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from conftest import digests, overlay, sentences, write_config, write_rows
 from deepfusion import progress
-from deepfusion.baselines import fedjets
-from deepfusion.baselines.fedjets import (
+from deepfusion.config import Config, load_config, parse_config
+from deepfusion.errors import InputError
+from deepfusion.families.moe import FAMILIES, is_expert_name
+from deepfusion.learning.corpus import Document
+from deepfusion.stages import merge
+from deepfusion.text.rows import Example
+from deepfusion_bench.baselines import fedjets
+from deepfusion_bench.baselines.fedjets import (
     FedJETS,
     aggregate,
     compact_model,
@@ -36,12 +42,6 @@ from deepfusion.baselines.fedjets import (
     tensors_of,
     wire_bytes,
 )
-from deepfusion.config import Config, load_config, parse_config
-from deepfusion.corpus import Document
-from deepfusion.errors import InputError
-from deepfusion.families import FAMILIES, is_expert_name
-from deepfusion.rows import Example
-from deepfusion.stages import merge
 
 # A Qwen2Moe without shared experts has empty weights, which torch remarks on.
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
@@ -342,7 +342,7 @@ def test_killed_runs_end_with_the_weights_of_an_undisturbed_one(zoo, settings, t
     write_config(tmp_path / "config.yaml", overlay(values, device={"steps": 24}))
     script = (
         "import sys; from pathlib import Path; from deepfusion.config import load_config\n"
-        "from deepfusion.baselines.fedjets import FedJETS, run\n"
+        "from deepfusion_bench.baselines.fedjets import FedJETS, run\n"
         "run(load_config(sys.argv[1]), {'start': Path(sys.argv[2])}, Path(sys.argv[3]), FedJETS(rounds=3))\n"
     )
 

@@ -14,15 +14,16 @@ from hypothesis import settings as effort
 from hypothesis import strategies as st
 
 from conftest import sentences, small_settings
-from deepfusion.align import SharedVocabulary, shared_vocabulary
-from deepfusion.baselines import fedkmt, ofakd
-from deepfusion.baselines.fedkmt import FedKMT, FedKMTSettings, MinED
-from deepfusion.baselines.ofakd import OFAKD, OFAKDSettings
 from deepfusion.config import Config, VAASection
-from deepfusion.corpus import Document
-from deepfusion.data import Example, encode
-from deepfusion.distillation import Collator, Distiller, LossWeights, Teacher
-from deepfusion.models import load_model, load_tokenizer
+from deepfusion.learning.align import SharedVocabulary, shared_vocabulary
+from deepfusion.learning.corpus import Document
+from deepfusion.learning.distillation import Collator, Distiller, LossWeights, Teacher
+from deepfusion.models.loading import load_model, load_tokenizer
+from deepfusion.text.encoding import encode
+from deepfusion.text.rows import Example
+from deepfusion_bench.baselines import fedkmt, ofakd
+from deepfusion_bench.baselines.fedkmt import FedKMT, FedKMTSettings, MinED
+from deepfusion_bench.baselines.ofakd import OFAKD, OFAKDSettings
 
 CPU = torch.device("cpu")
 METHODS = pytest.mark.parametrize("method", [FedKMT, OFAKD])
@@ -285,7 +286,7 @@ def test_many_blocks_give_what_one_gives(zoo, method, monkeypatch):
     module, collator = made(method, zoo["qwen3_moe"], {0: zoo["mini-llama"]}, LossWeights(beta=1.0))
     batch, found = collator(documents(0, 0, 0)), []
     for elements in (2**23, 4000):
-        monkeypatch.setattr("deepfusion.baselines.shared.BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr("deepfusion_bench.baselines.shared.BLOCK_ELEMENTS", elements)
         loss = module(**batch)["loss"]
         gradients = torch.autograd.grad(loss, list(module.student.parameters()))
         found.append((loss, *gradients))

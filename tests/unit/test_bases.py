@@ -9,10 +9,12 @@ import pytest
 from device_models import save_checkpoint, save_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from deepfusion import bases, models
 from deepfusion.config import Config, load_config, parse_config
 from deepfusion.errors import InputError
-from deepfusion.intake import survey
+from deepfusion.families import bases
+from deepfusion.models.architecture import parameter_total
+from deepfusion.models.presets import model_config
+from deepfusion.uploads.intake import survey
 
 SMALL = {
     "intermediate_size": 32,
@@ -128,6 +130,6 @@ def test_amounts_are_written_as_people_do() -> None:
 def test_what_a_person_is_told_is_what_the_models_have() -> None:
     config = parse_config({"experts": 2, "devices": 3, "device": {"types": ["tiny-gpt2"]}})
     lines = bases.describe(config, bases.teachers_of_config(config) * 3, "devices")
-    size = models.parameter_total(models.model_config("tiny-gpt2"))
+    size = parameter_total(model_config("tiny-gpt2"))
     assert lines[0].startswith("base tiny-qwen3: 1.12M weights; MoE of 2 experts: ")
     assert lines[1] == f"devices: 3 tiny-gpt2 ({bases.amount(size)} weights each)"

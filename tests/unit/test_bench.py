@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from deepfusion.bench.ablations import ABLATIONS, Variant, ablation_cells, row_cell
-from deepfusion.bench.cells import CASES, Cell, run_cells, stored
-from deepfusion.bench.plots import write_plots
-from deepfusion.bench.tables import page, row_name
 from deepfusion.config import RECIPES
 from deepfusion.errors import InputError
-from deepfusion.models import model_config
+from deepfusion.models.presets import model_config
+from deepfusion_bench.ablations import ABLATIONS, Variant, ablation_cells, row_cell
+from deepfusion_bench.cells import CASES, Cell, run_cells, stored
+from deepfusion_bench.plots import write_plots
+from deepfusion_bench.tables import page, row_name
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "bench"

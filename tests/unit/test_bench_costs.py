@@ -14,9 +14,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from deepfusion import compact, families, models
-from deepfusion.bench import costs
 from deepfusion.errors import InputError
+from deepfusion.families.moe import MoELayout, moe_config
+from deepfusion.learning.memory import estimate_training_bytes
+from deepfusion.models import compact
+from deepfusion.models.architecture import architecture, parameter_total
+from deepfusion.models.presets import LORA_TARGETS, model_config
+from deepfusion_bench import costs
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "costs.json"
 SMALL_MOE = {
@@ -60,7 +64,7 @@ def test_an_upload_has_the_bytes_that_are_written(kind: str, tmp_path: Path) -> 
     torch.nn.Module.to(trained, torch.bfloat16)
     trained.save_pretrained(tmp_path / "bf16")
     assert counted["weights, bf16"] == stored_bytes(tmp_path / "bf16")
-    settings = LoraConfig(r=costs.LORA_RANK, target_modules=models.LORA_TARGETS, task_type="CAUSAL_LM")
+    settings = LoraConfig(r=costs.LORA_RANK, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
     get_peft_model(base, settings).save_pretrained(str(tmp_path / "lora"))
     assert counted["LoRA, rank 16"] == stored_bytes(tmp_path / "lora")
 
@@ -136,8 +140,8 @@ def test_memory_compares_like_with_like(stored: dict[str, Any]) -> None:
 
 def test_an_eighth_is_an_eighth_in_every_part() -> None:
     for case in costs.CASES.values():
-        for config in (*map(models.model_config, case.types), costs.pruned(case.moe, case.moe.num_experts_per_tok)):
-            whole, part = models.architecture(config).tensors, models.architecture(costs.eighth(config)).tensors
+        for config in (*map(model_config, case.types), costs.pruned(case.moe, case.moe.num_experts_per_tok)):
+            whole, part = architecture(config).tensors, architecture(costs.eighth(config)).tensors
             embeddings = sum(math.prod(shape) for name, shape in whole.items() if ".layers." not in name and ".h." not in name)
             small = sum(math.prod(shape) for name, shape in part.items() if ".layers." not in name and ".h." not in name)
             assert 8 * small == pytest.approx(embeddings, rel=1e-3)
@@ -171,14 +175,14 @@ def test_the_stored_memory_is_what_the_estimate_says(stored: dict[str, Any]) -> 
 
 @pytest.mark.slow
 def test_each_peak_is_that_of_its_own_process(tmp_path: Path) -> None:
-    medium = costs.eighth(models.model_config("gpt2-medium"))
-    layout = families.MoELayout("qwen3_moe", experts=4, top_k=2)
-    tiny = costs.pruned(families.moe_config(models.model_config("tiny-qwen3"), layout), 2)
+    medium = costs.eighth(model_config("gpt2-medium"))
+    layout = MoELayout("qwen3_moe", experts=4, top_k=2)
+    tiny = costs.pruned(moe_config(model_config("tiny-qwen3"), layout), 2)
     peaks = costs.trained_peaks({"medium": medium, "tiny": tiny}, tmp_path, batch=1, tokens=64, steps=2)
     assert not list(tmp_path.iterdir())
     for name, config in (("medium", medium), ("tiny", tiny)):
-        assert 0.8 < models.estimate_training_bytes(config, "full", 1, 64) / peaks[name] < 1.2
-    assert peaks["medium"] - peaks["tiny"] > 12 * models.parameter_total(medium)
+        assert 0.8 < estimate_training_bytes(config, "full", 1, 64) / peaks[name] < 1.2
+    assert peaks["medium"] - peaks["tiny"] > 12 * parameter_total(medium)
 
 
 def test_a_training_that_cannot_fit_is_not_begun(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from deepfusion.align import align_offsets, shared_vocabulary
-from deepfusion.chat import render
-from deepfusion.corpus import Document, read_corpus, write_corpus
-from deepfusion.data import encode, prompt_ids, windows
 from deepfusion.errors import InputError
-from deepfusion.rows import Example, Turn, conversation, parse_row
+from deepfusion.learning.align import align_offsets, shared_vocabulary
+from deepfusion.learning.corpus import Document, read_corpus, write_corpus
+from deepfusion.text.chat import render
+from deepfusion.text.encoding import encode, prompt_ids
+from deepfusion.text.rows import Example, Turn, conversation, parse_row
+from deepfusion.text.windows import windows
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from deepfusion.checkpoints import TensorReader, TensorWriter, check_same_tensors, copy_tokenizer, mean_of, mean_tensor
 from deepfusion.digests import folder_digest, sha256_file
 from deepfusion.errors import InputError
+from deepfusion.models.checkpoints import TensorReader, TensorWriter, check_same_tensors, copy_tokenizer, mean_of, mean_tensor
 
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from deepfusion import models
-from deepfusion.choices import encode_pair, judge_choices, log_likelihoods, reading_limit
-from deepfusion.metrics import evaluate_model
-from deepfusion.sources import Example, load_source
+from deepfusion.learning.choices import encode_pair, judge_choices, log_likelihoods, reading_limit
+from deepfusion.learning.metrics import evaluate_model
+from deepfusion.models.loading import load_model, load_tokenizer
+from deepfusion.models.presets import resolve
+from deepfusion.text.sources import Example, load_source
 
 STORED = json.loads((Path(__file__).parent / "data" / "lm_eval_choices.json").read_text("utf-8"))
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "lm_eval_choices.py"
@@ -51,8 +52,8 @@ def check(model: PreTrainedModel, tokenizer: Any, expected: dict[str, Any]) -> N
 
 @pytest.mark.parametrize("name", sorted(STORED["models"]))
 def test_equals_the_stored_figures_of_the_harness(name: str) -> None:
-    folder = models.resolve(name)
-    check(models.load_model(folder), models.load_tokenizer(folder), STORED["models"][name])
+    folder = resolve(name)
+    check(load_model(folder), load_tokenizer(folder), STORED["models"][name])
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -60,7 +61,7 @@ def test_equals_the_harness_where_it_is_installed(kind: str, tmp_path: Path) -> 
     pytest.importorskip("lm_eval")
     folder = tmp_path / kind
     save_checkpoint(folder, kind, seed=3)
-    check(models.load_model(folder), models.load_tokenizer(folder), harness(folder))
+    check(load_model(folder), load_tokenizer(folder), harness(folder))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import yaml
 
 from conftest import write_config
 from deepfusion.config import known_keys, load_config, parse_config
-from deepfusion.models import PRESETS
+from deepfusion.models.presets import PRESETS
 
 COMMANDS = [
     "run", "fuse", "status", "report", "doctor", "evaluate", "generate",

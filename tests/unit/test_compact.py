@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from safetensors.torch import load_file, save_file
 
-from deepfusion import models
-from deepfusion.card import read_card, write_card
-from deepfusion.compact import BLOCK, decode, encode, open_base, pack, stored_tensors, unpack, write_delta
 from deepfusion.config import Config, DeviceSpec, Encoding, parse_config
-from deepfusion.data import write_jsonl
 from deepfusion.errors import InputError
-from deepfusion.rows import Example
+from deepfusion.models.compact import BLOCK, decode, encode, open_base, pack, stored_tensors, unpack, write_delta
+from deepfusion.models.loading import load_model
 from deepfusion.stages import evaluate
 from deepfusion.stages.device import train_device
-from deepfusion.upload import check_upload
+from deepfusion.text.rows import Example
+from deepfusion.text.sources import write_jsonl
+from deepfusion.uploads.card import read_card, write_card
+from deepfusion.uploads.check import check_upload
 
 ENCODINGS: tuple[Encoding, ...] = ("delta8", "delta4")
 SHAPES = st.one_of(arrays.array_shapes(max_dims=3, max_side=70), st.just((0,)), st.just((3, 0)))
@@ -145,7 +145,7 @@ def test_a_device_hands_in_the_same_model_in_fewer_bytes(dtype: torch.dtype, tmp
 
 def test_a_training_that_diverged_is_said_at_the_device(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "base")
-    model = models.load_model(tmp_path / "base")
+    model = load_model(tmp_path / "base")
     model.transformer.ln_f.bias.data[3] = float("nan")
     with pytest.raises(InputError, match=r"ln_f\.bias.*non-finite"):
         write_delta(tmp_path, model.state_dict(), open_base(str(tmp_path / "base")), "delta8")

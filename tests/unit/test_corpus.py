@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import overlay, sentences, small_settings, write_config, write_rows
 from deepfusion.config import Config, load_config
-from deepfusion.corpus import (
+from deepfusion.errors import InputError
+from deepfusion.learning.corpus import (
     Document,
     assign_teachers,
     build_corpus,
@@ -23,8 +24,8 @@ from deepfusion.corpus import (
     sample_texts,
     write_corpus,
 )
-from deepfusion.data import Example, make_splits
-from deepfusion.errors import InputError
+from deepfusion.text.rows import Example
+from deepfusion.text.splits import make_splits
 
 
 @pytest.fixture(scope="module")

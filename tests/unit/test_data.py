@@ -17,21 +17,16 @@ from transformers import PreTrainedTokenizerFast
 
 from deepfusion import progress
 from deepfusion.config import Config
-from deepfusion.data import (
-    Example,
-    Splits,
-    encode,
-    make_splits,
-    overlap,
-    partition,
-    reading_order,
-    say_cut,
-    training_steps,
-    windows,
-    write_jsonl,
-)
 from deepfusion.errors import InputError
+from deepfusion.learning.order import reading_order, training_steps
 from deepfusion.names import is_device_id
+from deepfusion.text.encoding import encode
+from deepfusion.text.overlap import overlap
+from deepfusion.text.partition import partition
+from deepfusion.text.rows import Example
+from deepfusion.text.sources import write_jsonl
+from deepfusion.text.splits import Splits, make_splits
+from deepfusion.text.windows import say_cut, windows
 
 WORDS = st.lists(st.text("ab é\n", max_size=9), max_size=60).map(" ".join)
 

@@ -14,13 +14,13 @@ from transformers import GPT2Config
 from conftest import sentences
 from deepfusion import progress
 from deepfusion.config import VAASection, parse_config
-from deepfusion.corpus import Document
-from deepfusion.data import Example, encode
-from deepfusion.distillation import Collator, Distiller, LossWeights, Teacher
 from deepfusion.errors import InputError
-from deepfusion.models import load_model, load_tokenizer
-from deepfusion.rows import Turn, conversation
+from deepfusion.learning.corpus import Document
+from deepfusion.learning.distillation import Collator, Distiller, LossWeights, Teacher
+from deepfusion.models.loading import load_model, load_tokenizer
 from deepfusion.stages import distill
+from deepfusion.text.encoding import encode
+from deepfusion.text.rows import Example, Turn, conversation
 
 CPU = torch.device("cpu")
 VAA = VAASection(patches=8, width=8, heads=2)

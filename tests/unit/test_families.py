@@ -24,9 +24,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from deepfusion.checkpoints import TensorReader, TensorWriter
 from deepfusion.errors import InputError
-from deepfusion.families import (
+from deepfusion.families.moe import (
     FAMILIES,
     MoELayout,
     check_base,
@@ -39,6 +38,7 @@ from deepfusion.families import (
     pinned_parameters,
     router_logits_by_layer,
 )
+from deepfusion.models.checkpoints import TensorReader, TensorWriter
 
 # A Qwen2Moe without shared experts has empty weights, which torch remarks on.
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")

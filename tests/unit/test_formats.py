@@ -15,10 +15,12 @@ from device_models import make_model, save_checkpoint, save_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
 
-from deepfusion import models
-from deepfusion.compact import open_whole
 from deepfusion.errors import InputError
-from deepfusion.upload import adopt_checkpoint, check_upload
+from deepfusion.models.architecture import architecture, read_config
+from deepfusion.models.compact import open_whole
+from deepfusion.models.loading import load_model, load_tokenizer
+from deepfusion.uploads.adopt import adopt_checkpoint
+from deepfusion.uploads.check import check_upload
 
 IDS = torch.randint(1, 280, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -77,14 +79,14 @@ def quantised(folder: Path, kind: str) -> PreTrainedModel:
 @pytest.mark.parametrize(("kind", "error"), [("fp8", 0.05), ("int8", 0.05), ("nf4", 0.3)])
 def test_quantised_weights_are_read_with_their_scales(kind: str, error: float, tmp_path: Path) -> None:
     exact = quantised(tmp_path / "q", kind)(IDS).logits
-    model = models.load_model(tmp_path / "q")
+    model = load_model(tmp_path / "q")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     difference = (model(IDS).logits - exact).std() / exact.std()
     assert 0 < difference < error
     model.save_pretrained(tmp_path / "plain")
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     save_tokenizer(tmp_path / "plain")
-    assert torch.equal(models.load_model(tmp_path / "plain")(IDS).logits, model(IDS).logits)
+    assert torch.equal(load_model(tmp_path / "plain")(IDS).logits, model(IDS).logits)
     with pytest.raises(InputError, match=r"quantised.*plain.*\[quantised\]"):
         open_whole(tmp_path / "q")  # read tensor by tensor there is nobody to apply the scales
 
@@ -94,10 +96,10 @@ def test_scales_without_a_word_in_the_config_are_refused(kind: str, tmp_path: Pa
     quantised(tmp_path, kind)
     edit_config(tmp_path, quantization_config=None)
     with pytest.raises(InputError, match=r"\[quantised\]"):
-        models.load_model(tmp_path)
+        load_model(tmp_path)
     edit_tensors(tmp_path, lambda tensors: {n: t.float() for n, t in tensors.items() if not n.endswith("weight_format")})
     with pytest.raises(InputError, match=r"scales of quantised weights.*\[quantised\]"):
-        models.load_model(tmp_path)
+        load_model(tmp_path)
 
 
 def drop_shard(folder: Path) -> None:
@@ -211,7 +213,7 @@ def test_what_would_be_read_wrongly_is_refused_by_name(form: str, tmp_path: Path
     save_checkpoint(tmp_path / "model", "llama")
     make(tmp_path / "model")
     with pytest.raises(InputError, match=message):
-        models.load_model(tmp_path / "model")
+        load_model(tmp_path / "model")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -244,7 +246,7 @@ def test_a_quantised_checkpoint_is_adopted_with_its_real_values(kind: str, tmp_p
     quantised(tmp_path / "q", kind)
     adopt_checkpoint(tmp_path / "q", tmp_path / "up", "up", np.eye(8)[0], "hashing")
     assert check_upload(tmp_path / "up", 10**9) == []
-    torch.testing.assert_close(models.load_model(tmp_path / "up")(IDS).logits, models.load_model(tmp_path / "q")(IDS).logits)
+    torch.testing.assert_close(load_model(tmp_path / "up")(IDS).logits, load_model(tmp_path / "q")(IDS).logits)
 
 
 def test_what_is_read_tensor_by_tensor_must_be_plain_before_any_training(tmp_path: Path, invoke: Callable[..., Any]) -> None:
@@ -263,7 +265,7 @@ def test_what_is_read_tensor_by_tensor_must_be_plain_before_any_training(tmp_pat
 def test_an_adapter_without_a_config_is_named_as_one(tmp_path: Path) -> None:
     adapter(tmp_path)
     with pytest.raises(InputError, match=r"an adapter, not a whole model.*fuse takes it.*\[adapter-alone\]"):
-        models.load_model(tmp_path)
+        load_model(tmp_path)
 
 
 def test_what_older_versions_stored_beside_the_weights_loses_nothing(tmp_path: Path) -> None:
@@ -273,11 +275,11 @@ def test_what_older_versions_stored_beside_the_weights_loses_nothing(tmp_path: P
     }.items():
         exact = save_checkpoint(tmp_path / kind, kind).eval()
         edit_tensors(tmp_path / kind, lambda tensors, extra=extra: tensors | extra)
-        assert torch.equal(models.load_model(tmp_path / kind)(IDS).logits, exact(IDS).logits)
-        assert set(open_whole(tmp_path / kind).names()) == set(models.architecture(exact.config).tensors)
+        assert torch.equal(load_model(tmp_path / kind)(IDS).logits, exact(IDS).logits)
+        assert set(open_whole(tmp_path / kind).names()) == set(architecture(exact.config).tensors)
         prefix = f"{exact.base_model_prefix}."
         edit_tensors(tmp_path / kind, lambda tensors, prefix=prefix: {n.removeprefix(prefix): t for n, t in tensors.items()})
-        assert torch.equal(models.load_model(tmp_path / kind)(IDS).logits, exact(IDS).logits)
+        assert torch.equal(load_model(tmp_path / kind)(IDS).logits, exact(IDS).logits)
 
 
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
@@ -285,29 +287,29 @@ def test_what_older_versions_stored_beside_the_weights_loses_nothing(tmp_path: P
 def test_flash_attention_of_another_machine_is_no_reason_to_refuse(kind: str, key: str, tmp_path: Path) -> None:
     exact = save_checkpoint(tmp_path, kind).eval()
     edit_config(tmp_path, **{key: "flash_attention_2"})
-    model = models.load_model(tmp_path)
+    model = load_model(tmp_path)
     assert torch.equal(model(IDS).logits, exact(IDS).logits)
-    assert "flash" not in str(models.read_config(tmp_path)._attn_implementation)
-    models.architecture(models.read_config(tmp_path))
+    assert "flash" not in str(read_config(tmp_path)._attn_implementation)
+    architecture(read_config(tmp_path))
 
 
 @pytest.mark.parametrize("padding", [99999, -1, 288])
 def test_a_padding_id_without_a_row_is_no_reason_to_refuse(padding: int, tmp_path: Path) -> None:
     exact = save_checkpoint(tmp_path, "llama").eval()
     edit_config(tmp_path, pad_token_id=padding)
-    assert torch.equal(models.load_model(tmp_path)(IDS).logits, exact(IDS).logits)
+    assert torch.equal(load_model(tmp_path)(IDS).logits, exact(IDS).logits)
 
 
 def test_tokens_without_an_embedding_are_refused_by_name(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, "llama")
-    tokenizer = models.load_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
     tokenizer.add_tokens([f"<new-{number}>" for number in range(20)])
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"'<new-19>'.*288 embeddings.*\[tokenizer-too-large\]"):
-        models.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def test_a_checkpoint_without_a_tokenizer_says_so(tmp_path: Path) -> None:
     make_model("llama").save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"no tokenizer files.*\[tokenizer-missing\]"):
-        models.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)

@@ -20,11 +20,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from gateways import Device, Gateway, make_card, make_upload, offer_of
 
-from deepfusion.card import read_card
 from deepfusion.digests import sha256_file
 from deepfusion.federation import identity
+from deepfusion.federation.flower.superlink import SuperLink
 from deepfusion.federation.offer import read_offer
-from deepfusion.federation.superlink import SuperLink
+from deepfusion.uploads.card import read_card
 
 WEIGHTS = "model.safetensors"
 
@@ -393,7 +393,7 @@ def test_memory_stays_small(gateway: Gateway) -> None:
 def test_command_line_reports_bad_input_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     line = ["--home", tmp_path, "--run", tmp_path / "run", "--host", "127.0.0.1", "--port", 1, "--superlink", "127.0.0.1:2"]
-    command = [sys.executable, "-m", "deepfusion.federation.gateway", *map(str, line)]
+    command = [sys.executable, "-m", "deepfusion.federation.server.gateway", *map(str, line)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("deepfusion: ")

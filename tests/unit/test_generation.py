@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from device_models import save_checkpoint
 
-from deepfusion import models
+from deepfusion.models.loading import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tokens(folder: Path, text: str) -> int:
-    return len(models.load_tokenizer(folder)(text).input_ids)
+    return len(load_tokenizer(folder)(text).input_ids)
 
 
 def test_what_fits_is_generated_and_is_the_same_each_time(model: Path, invoke: Callable[..., Any]) -> None:

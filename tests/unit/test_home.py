@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from deepfusion.errors import InputError
 from deepfusion.federation import identity
-from deepfusion.federation.home import Enrolled, Home
+from deepfusion.federation.server.home import Enrolled, Home
 from deepfusion.names import is_device_id
 
 KEYS = [ec.generate_private_key(ec.SECP384R1()).public_key() for _ in range(3)]
@@ -29,7 +29,7 @@ def home(tmp_path: Path) -> Home:
 
 def start(code: str, home: Home, *arguments: str) -> subprocess.Popen[str]:
     """Another process of the same operator, which works with `home` and `arguments`."""
-    script = f"import sys; from pathlib import Path; from deepfusion.federation.home import Home\n{HEAD}{code}"
+    script = f"import sys; from pathlib import Path; from deepfusion.federation.server.home import Home\n{HEAD}{code}"
     command = [sys.executable, "-c", script, str(home.folder), *arguments]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 

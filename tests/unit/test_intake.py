@@ -15,18 +15,19 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, PromptTuningC
 from test_names import NASTY
 from transformers import AutoModelForCausalLM
 
-from deepfusion import models
-from deepfusion.adapters import merged_model
 from deepfusion.errors import InputError
-from deepfusion.intake import given_folders, survey
+from deepfusion.models.adapters import merged_model
+from deepfusion.models.loading import load_model
+from deepfusion.models.presets import LORA_TARGETS, resolve
+from deepfusion.uploads.intake import given_folders, survey
 
 IDS = torch.randint(1, 280, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
 def save_adapter(folder: Path, base: Path, settings: PeftConfig | None = None, named: str | None = None, seed: int = 0) -> Any:
     """An adapter as PEFT saves it after a training; returns the adapted model."""
-    settings = settings or LoraConfig(r=3, lora_alpha=5, target_modules=models.LORA_TARGETS, task_type="CAUSAL_LM")
-    adapted = get_peft_model(models.load_model(base), settings)
+    settings = settings or LoraConfig(r=3, lora_alpha=5, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
+    adapted = get_peft_model(load_model(base), settings)
     torch.manual_seed(seed)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -115,7 +116,7 @@ PLACES: dict[str, Callable[[Path], str]] = {
 
 @pytest.mark.parametrize("place", PLACES)
 def test_the_base_of_an_adapter_is_found(place: str, tmp_path: Path) -> None:
-    base = Path(models.resolve("tiny-gpt2")) if place == "a preset" else tmp_path / "elsewhere" / "base"
+    base = Path(resolve("tiny-gpt2")) if place == "a preset" else tmp_path / "elsewhere" / "base"
     if place != "a preset":
         save_checkpoint(base)
     save_adapter(tmp_path / "all" / "tuned", base, named=PLACES[place](tmp_path))
@@ -150,13 +151,13 @@ ADAPTERS: dict[str, PeftConfig] = {
 def test_an_adapter_is_merged_into_what_it_computes(kind: str, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "base", "llama")
     adapted = save_adapter(tmp_path / "adapter", tmp_path / "base", ADAPTERS[kind])
-    wanted, untouched = adapted(IDS).logits, models.load_model(tmp_path / "base")(IDS).logits
+    wanted, untouched = adapted(IDS).logits, load_model(tmp_path / "base")(IDS).logits
     merged = merged_model(tmp_path / "adapter", tmp_path / "base")
     torch.testing.assert_close(merged(IDS).logits, wanted, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(wanted, untouched, atol=1e-2)
     merged.save_pretrained(tmp_path / "out")
     save_tokenizer(tmp_path / "out")
-    assert torch.equal(models.load_model(tmp_path / "out")(IDS).logits, merged(IDS).logits)
+    assert torch.equal(load_model(tmp_path / "out")(IDS).logits, merged(IDS).logits)
 
 
 def test_trained_biases_come_along(tmp_path: Path) -> None:
@@ -170,7 +171,7 @@ def test_trained_biases_come_along(tmp_path: Path) -> None:
 def test_tokens_that_came_with_an_adapter_get_their_embeddings(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "base", "llama")
     larger = make_model("llama")
-    larger.load_state_dict(models.load_model(tmp_path / "base").state_dict())
+    larger.load_state_dict(load_model(tmp_path / "base").state_dict())
     larger.resize_token_embeddings(300)
     larger.save_pretrained(tmp_path / "larger")
     save_tokenizer(tmp_path / "larger")
@@ -186,7 +187,7 @@ def test_a_tied_head_that_was_trained_apart_is_untied(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "base", "llama", tie_word_embeddings=True)
     apart = save_adapter(tmp_path / "apart", tmp_path / "base", LoraConfig(**LORA, modules_to_save=["lm_head"]))
     merged_model(tmp_path / "apart", tmp_path / "base").save_pretrained(tmp_path / "out")
-    torch.testing.assert_close(models.load_model(tmp_path / "out")(IDS).logits, apart(IDS).logits, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(load_model(tmp_path / "out")(IDS).logits, apart(IDS).logits, rtol=1e-3, atol=1e-4)
 
 
 def test_a_tied_head_that_was_adapted_apart_is_merged_right_or_refused(tmp_path: Path) -> None:
@@ -199,7 +200,7 @@ def test_a_tied_head_that_was_adapted_apart_is_merged_right_or_refused(tmp_path:
         assert error.code == "adapter-differs"  # noqa: PT017
         return
     merged.save_pretrained(tmp_path / "out")
-    torch.testing.assert_close(models.load_model(tmp_path / "out")(IDS).logits, apart(IDS).logits, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(load_model(tmp_path / "out")(IDS).logits, apart(IDS).logits, rtol=1e-3, atol=1e-4)
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:

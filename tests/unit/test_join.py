@@ -7,9 +7,9 @@ import yaml
 
 from deepfusion.config import load_config
 from deepfusion.errors import InputError
-from deepfusion.federation.join import device_config, join
-from deepfusion.federation.messages import Task
-from deepfusion.federation.server_app import task_config
+from deepfusion.federation.device.join import device_config, join
+from deepfusion.federation.flower.messages import Task
+from deepfusion.federation.flower.server_app import task_config
 
 
 def task(**values: object) -> Task:

@@ -22,8 +22,8 @@ import pytest
 from conftest import write_rows
 from deepfusion.errors import InputError
 from deepfusion.judge import PROMPT, Answer, Judge, answer_all, open_questions, parse_prices, parse_score
-from deepfusion.models import load_model, load_tokenizer
-from deepfusion.rows import Example
+from deepfusion.models.loading import load_model, load_tokenizer
+from deepfusion.text.rows import Example
 
 KEY = "sk-a-secret-that-nobody-may-read"
 

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_offer import make_upload
 
-from deepfusion.federation.ledger import Ledger, Row, State, Ticket
 from deepfusion.federation.offer import Offer, read_offer
+from deepfusion.federation.server.ledger import Ledger, Row, State, Ticket
 
 RECEIPT = {"device": "clinic", "digest": "d" * 64, "files": 4}
 
@@ -52,7 +52,7 @@ def row(ledger: Ledger, device: str = "clinic") -> Row:
 def start(run: Path, code: str, *arguments: str) -> subprocess.Popen[str]:
     """Another process, which says ready, and works with a ledger of its own and `arguments` once it is told to."""
     script = (
-        "import sys; from pathlib import Path; from deepfusion.federation.ledger import Ledger\n"
+        "import sys; from pathlib import Path; from deepfusion.federation.server.ledger import Ledger\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
         f"arguments, ledger = sys.argv[2:], Ledger(Path(sys.argv[1]))\n{code}"
     )

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepfusion.align import Alignment, SharedVocabulary, collate, identity_alignment
-from deepfusion.losses import (
+from deepfusion.learning.align import Alignment, SharedVocabulary, collate, identity_alignment
+from deepfusion.learning.losses import (
     Comparison,
     PositionLosses,
     Projection,

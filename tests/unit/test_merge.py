@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
 
 from deepfusion.config import Config, parse_config
-from deepfusion.corpus import Document
 from deepfusion.errors import InputError
-from deepfusion.rows import Example
+from deepfusion.learning.corpus import Document
 from deepfusion.stages.distill import distill
 from deepfusion.stages.merge import run
+from deepfusion.text.rows import Example
 
 # A Qwen2Moe without shared experts has empty weights, which torch remarks on.
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")

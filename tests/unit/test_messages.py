@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_offer import make_upload
 
 from deepfusion.errors import InputError
-from deepfusion.federation import messages
+from deepfusion.federation.flower import messages
 from deepfusion.federation.offer import read_offer
 
 

@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from deepfusion.data import Example, encode, windows
 from deepfusion.errors import InputError
-from deepfusion.metrics import bits_per_byte_of_each, context_limit, evaluate_model, expert_use
-from deepfusion.rows import Turn, conversation
+from deepfusion.learning.metrics import bits_per_byte_of_each, evaluate_model, expert_use
+from deepfusion.models.loading import context_limit
+from deepfusion.text.encoding import encode
+from deepfusion.text.rows import Example, Turn, conversation
+from deepfusion.text.windows import windows
 
 EXAMPLES = [
     Example("", TEXT[0], "animals"),

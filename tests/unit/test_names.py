@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepfusion.card import Card
 from deepfusion.config import DeviceSpec
 from deepfusion.names import MAX_BYTES, MAX_CHARACTERS, device_id, device_ids, is_device_id
+from deepfusion.uploads.card import Card
 
 NASTY = [
     *("模型一", "模型二", "my model (v1)", "my model [v1]", "my model", "...", ".hidden", "-x", "a.", "con", "nul.txt", " ", ""),

@@ -10,11 +10,13 @@ import torch
 from device_models import make_model, save_adapter_upload, save_checkpoint, save_compact_upload, save_tokenizer, save_upload
 from safetensors.torch import load_file, save_file
 
-from deepfusion import models
-from deepfusion.card import read_card
 from deepfusion.config import parse_config
 from deepfusion.errors import InputError
+from deepfusion.models.architecture import read_config
+from deepfusion.models.loading import load_model, load_tokenizer
+from deepfusion.models.presets import base_digest
 from deepfusion.stages import proxy, registry
+from deepfusion.uploads.card import read_card
 
 
 def run(root: Path, clusters: list[list[str]], types: list[str], average: str = "uniform") -> Path:
@@ -34,11 +36,11 @@ def test_a_proxy_is_the_plain_mean_of_its_members(kind: str, tmp_path: Path) -> 
     for seed, name in enumerate(names):
         save_upload(tmp_path / "uploads" / name, kind, seed, tokens=10**seed)
     folder = run(tmp_path, [names[:2], names[2:]], ["tiny"])
-    means = models.load_model(folder / "0").state_dict()
-    members = [models.load_model(tmp_path / "uploads" / name).state_dict() for name in names]
+    means = load_model(folder / "0").state_dict()
+    members = [load_model(tmp_path / "uploads" / name).state_dict() for name in names]
     for name, tensor in means.items():
         torch.testing.assert_close(tensor, (members[0][name].double() + members[1][name].double()).div(2).float())
-    assert all(torch.equal(tensor, members[2][name]) for name, tensor in models.load_model(folder / "1").state_dict().items())
+    assert all(torch.equal(tensor, members[2][name]) for name, tensor in load_model(folder / "1").state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,7 @@ def test_a_proxy_is_a_complete_checkpoint_that_knows_where_it_came_from(tmp_path
     for seed, name in enumerate(["d0", "d1"]):
         save_upload(tmp_path / "uploads" / name, seed=seed)
     folder = run(tmp_path, [["d0", "d1"]], ["tiny"]) / "0"
-    tokenizer, model = models.load_tokenizer(folder), models.load_model(folder)
+    tokenizer, model = load_tokenizer(folder), load_model(folder)
     ids = tokenizer("the cat", return_tensors="pt").input_ids
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
     lineage = json.loads((folder / "proxy.json").read_text())
@@ -78,7 +80,7 @@ def test_equal_members_average_to_themselves_bit_by_bit(tmp_path: Path) -> None:
     mean, member = (load_file(path / "model.safetensors") for path in (tmp_path / "mean", uploads / "a"))
     assert all(torch.equal(mean[name], member[name]) for name in member)
     assert {tensor.dtype for tensor in mean.values()} == {torch.bfloat16}
-    assert models.read_config(tmp_path / "mean").dtype == torch.bfloat16
+    assert read_config(tmp_path / "mean").dtype == torch.bfloat16
 
 
 def test_means_of_bf16_are_taken_in_fp32(tmp_path: Path) -> None:
@@ -102,15 +104,15 @@ def test_means_of_bf16_are_taken_in_fp32(tmp_path: Path) -> None:
 def test_adapters_are_merged_exactly_and_mix_with_full_weights(kind: str, rslora: bool, tmp_path: Path) -> None:
     base, uploads = tmp_path / "base", tmp_path / "uploads"
     save_checkpoint(base, kind)
-    digest = models.base_digest(str(base))
+    digest = base_digest(str(base))
     merged = [save_adapter_upload(uploads / f"d{seed}", base, seed, rslora).state_dict() for seed in range(2)]
     save_upload(uploads / "full", kind, seed=7, base=str(base), base_digest=digest)
     assert read_card(uploads / "full").signature == read_card(uploads / "d0").signature
     folder = run(tmp_path, [["d0"], ["d0", "d1", "full"]], [str(base)])
-    members = [*merged, models.load_model(uploads / "full").state_dict()]
-    for name, tensor in models.load_model(folder / "0").state_dict().items():
+    members = [*merged, load_model(uploads / "full").state_dict()]
+    for name, tensor in load_model(folder / "0").state_dict().items():
         torch.testing.assert_close(tensor, merged[0][name])
-    for name, tensor in models.load_model(folder / "1").state_dict().items():
+    for name, tensor in load_model(folder / "1").state_dict().items():
         torch.testing.assert_close(tensor, sum(member[name] for member in members) / 3)
 
 
@@ -120,16 +122,16 @@ def test_compact_uploads_are_averaged_with_all_others(kind: str, tmp_path: Path)
     save_checkpoint(base, kind)
     exact = [save_compact_upload(uploads / f"d{seed}", base, encoding, seed) for seed, encoding in enumerate(("delta8", "delta4"))]
     adapted = save_adapter_upload(uploads / "adapter", base)
-    save_upload(uploads / "full", kind, seed=7, base=str(base), base_digest=models.base_digest(str(base)))
+    save_upload(uploads / "full", kind, seed=7, base=str(base), base_digest=base_digest(str(base)))
     errors = [read_card(uploads / f"d{seed}").encoding_error for seed in range(2)]
     folder = run(tmp_path, [["d0"], ["d1"], ["d0", "d1", "adapter", "full"]], [str(base)])
     for seed in range(2):
-        decoded, truth = models.load_model(folder / str(seed)).state_dict(), exact[seed].state_dict()
+        decoded, truth = load_model(folder / str(seed)).state_dict(), exact[seed].state_dict()
         largest = max(float((tensor - truth[name]).abs().max()) for name, tensor in decoded.items())
         assert 0 < largest <= errors[seed] + 1e-6  # the sum with the base is rounded once more
     assert errors[0] < errors[1] / 10
-    members = [models.load_model(folder / "0"), models.load_model(folder / "1"), adapted, models.load_model(uploads / "full")]
-    for name, tensor in models.load_model(folder / "2").state_dict().items():
+    members = [load_model(folder / "0"), load_model(folder / "1"), adapted, load_model(uploads / "full")]
+    for name, tensor in load_model(folder / "2").state_dict().items():
         torch.testing.assert_close(tensor, sum(member.state_dict()[name] for member in members) / 4)
 
 
@@ -154,7 +156,7 @@ def test_a_base_stored_without_the_prefix_of_its_trunk_is_understood(tmp_path: P
     exact = [save_adapter_upload(tmp_path / "uploads" / "d0", base), save_compact_upload(tmp_path / "uploads" / "d1", base)]
     folder = run(tmp_path, [["d0"], ["d1"]], [str(base)])
     for number, model in enumerate(exact):
-        for name, tensor in models.load_model(folder / str(number)).state_dict().items():
+        for name, tensor in load_model(folder / str(number)).state_dict().items():
             torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-5, atol=[1e-6, 2e-4][number])
 
 

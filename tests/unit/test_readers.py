@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from deepfusion import progress
 from deepfusion.errors import InputError
-from deepfusion.rows import Example
-from deepfusion.sources import load_rows, load_source, local_files, read_documents
+from deepfusion.text.rows import Example
+from deepfusion.text.sources import load_rows, load_source, local_files, read_documents
 
 ROWS = [
     {"text": "Eins und zwei, »drei«.", "domain": "de"},

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from device_models import save_adapter_upload, save_checkpoint, save_upload, unit
 
-from deepfusion.card import read_card, write_card
 from deepfusion.config import Config, parse_config
 from deepfusion.digests import folder_digest
 from deepfusion.errors import InputError
 from deepfusion.stages import registry
+from deepfusion.uploads.card import read_card, write_card
 
 
 def run(root: Path, config: Config | None = None) -> tuple[list[dict], dict[str, list[dict]]]:

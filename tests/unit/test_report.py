@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from deepfusion import progress
-from deepfusion.charts import grouped_bars, heat_map, line_chart
 from deepfusion.config import parse_config, save_config
+from deepfusion.report.charts import grouped_bars, heat_map, line_chart
+from deepfusion.report.page import compared, render, summary_table
 from deepfusion.stages import report
 
 DOMAINS = ("fiqa", "medmcqa", "medqa", "pubmedqa")
@@ -195,7 +196,7 @@ def test_report_of_a_whole_run_has_every_section(folder: Path, tmp_path: Path) -
 
 
 def test_page_asks_for_nothing_outside_itself(folder: Path) -> None:
-    html = report.render(folder)
+    html = render(folder)
     page = _Page(html)
     assert not {"script", "link", "img", "iframe", "image"} & {tag for tag, _ in page.tags}
     assert not [attrs for _, attrs in page.tags if {"src", "href", "srcset"} & set(attrs)]
@@ -203,7 +204,7 @@ def test_page_asks_for_nothing_outside_itself(folder: Path) -> None:
 
 
 def test_names_from_uploads_are_escaped(folder: Path) -> None:
-    html = report.render(folder)
+    html = render(folder)
     page = _Page(html)
     assert HOSTILE in page.text
     assert "<script" not in html
@@ -212,14 +213,14 @@ def test_names_from_uploads_are_escaped(folder: Path) -> None:
 @pytest.mark.parametrize("missing", ARTEFACTS)
 def test_missing_artefact_is_said_to_be_missing(folder: Path, missing: str) -> None:
     (folder / missing).unlink()
-    page = _Page(report.render(folder))
+    page = _Page(render(folder))
     assert page.open == []
     assert f"{missing}" in page.text
     assert "Not there" in page.text
 
 
 def test_empty_run_folder_still_makes_a_page(tmp_path: Path) -> None:
-    page = _Page(report.render(tmp_path))
+    page = _Page(render(tmp_path))
     assert page.open == []
     assert page.text.count("Not there") >= len(ARTEFACTS)
 
@@ -228,7 +229,7 @@ def test_empty_run_folder_still_makes_a_page(tmp_path: Path) -> None:
 def test_half_written_files_do_not_stop_the_report(folder: Path, name: str) -> None:
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(whole[: len(whole) // 2])
-    assert _Page(report.render(folder)).open == []
+    assert _Page(render(folder)).open == []
 
 
 def test_evaluation_with_absent_sections(folder: Path) -> None:
@@ -241,15 +242,15 @@ def test_evaluation_with_absent_sections(folder: Path) -> None:
         "bits_per_byte_ratio_to_proxies": None,
     }
     _write(folder / "evaluation.json", evaluation)
-    page = _Page(report.render(folder))
+    page = _Page(render(folder))
     assert "DeepFusion MoE" in page.text
     assert "Untouched base" not in page.text
     _write(folder / "evaluation.json", dict.fromkeys(evaluation))
-    assert "Not there" in _Page(report.render(folder)).text
+    assert "Not there" in _Page(render(folder)).text
 
 
 def test_models_with_other_tokenizers_stand_in_comparable_metrics_only(folder: Path) -> None:
-    models = report.compared(json.loads((folder / "evaluation.json").read_text()))
+    models = compared(json.loads((folder / "evaluation.json").read_text()))
     names = [model.name for model in models]
     assert names[0] == "DeepFusion MoE"
     assert len(names) == 5
@@ -262,11 +263,11 @@ def test_models_with_other_tokenizers_stand_in_comparable_metrics_only(folder: P
 
 def test_summary_table_for_the_terminal(folder: Path, tmp_path: Path) -> None:
     console = Console(width=160, record=True)
-    console.print(report.summary_table(folder))
+    console.print(summary_table(folder))
     shown = console.export_text()
     for piece in (*DOMAINS, "DeepFusion MoE", "No distillation", "Untouched base", "Best device", "1.710", "2.420"):
         assert piece in shown
-    assert report.summary_table(tmp_path / "nowhere").startswith("not evaluated")
+    assert summary_table(tmp_path / "nowhere").startswith("not evaluated")
 
 
 @settings(max_examples=40, deadline=None)

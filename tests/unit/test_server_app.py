@@ -15,11 +15,11 @@ from test_offer import make_upload
 
 from deepfusion.config import load_config, parse_config, save_config
 from deepfusion.errors import InputError
-from deepfusion.federation import messages
-from deepfusion.federation.embedded import EmbeddedGrid
-from deepfusion.federation.ledger import Ledger
+from deepfusion.federation.flower import messages
+from deepfusion.federation.flower.embedded import EmbeddedGrid
+from deepfusion.federation.flower.server_app import Coordinator, seconds, task_config
 from deepfusion.federation.offer import Offer
-from deepfusion.federation.server_app import Coordinator, seconds, task_config
+from deepfusion.federation.server.ledger import Ledger
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -71,11 +71,10 @@ class Grid(EmbeddedGrid):
         while self._sent:
             name, message = self._sent.popitem()
             device = self._devices[message.metadata.dst_node_id]
-            from flwr.app import Context, RecordDict
 
-            from deepfusion.federation.client_app import Visit
+            from deepfusion.federation.flower.client_app import Visit
 
-            self._replies[name] = Visit(device).app(message, Context(1, 1, {}, RecordDict(), {}))
+            self._replies[name] = Visit(device).answer(message)
         return [self._replies.pop(name) for name in wanted if name in self._replies]
 
 

@@ -12,14 +12,14 @@ import pytest
 from gateways import Device, Faults, Gateway, free_port
 from moto.server import ThreadedMotoServer
 
-from deepfusion.card import read_card, write_card
 from deepfusion.config import S3Section
 from deepfusion.digests import sha256_file
 from deepfusion.errors import InputError
-from deepfusion.federation import transfer
+from deepfusion.federation.device import transfer
+from deepfusion.federation.device.transfer import hand_in
 from deepfusion.federation.offer import read_offer
-from deepfusion.federation.sinks import S3Sink
-from deepfusion.federation.transfer import hand_in
+from deepfusion.federation.server.sinks import S3Sink
+from deepfusion.uploads.card import read_card, write_card
 
 WEIGHTS = "model.safetensors"
 MIB = 2**20

@@ -14,16 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepfusion.errors import InputError
-from deepfusion.rows import Example, Turn, conversation, parse_row
-from deepfusion.sources import (
-    choose,
-    expand_source,
-    load_source,
-    local_files,
-    read_documents,
-    unique,
-    write_jsonl,
-)
+from deepfusion.text.rows import Example, Turn, conversation, parse_row
+from deepfusion.text.sources import choose, expand_source, load_source, local_files, read_documents, unique, write_jsonl
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 FILLED = TEXT.filter(str.strip)

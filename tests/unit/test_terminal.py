@@ -20,8 +20,9 @@ import typer.main
 from pydantic import BaseModel
 
 from conftest import Outcome, overlay, questions, sentences, write_config, write_rows
-from deepfusion import __version__, progress, terminal
-from deepfusion.cli import app, main
+from deepfusion import __version__, progress
+from deepfusion.cli import main, terminal
+from deepfusion.cli.app import app
 from deepfusion.config import Config, load_config
 from deepfusion.errors import InputError
 
@@ -400,6 +401,6 @@ def test_warnings_of_libraries_stay_off_the_terminal(zoo: dict[str, Path], setti
 
 def test_only_the_command_line_silences_warnings() -> None:
     """Whoever imports the library sees what it warns of."""
-    root = Path(terminal.__file__).parent
+    root = Path(terminal.__file__).parents[1]
     silencing = [path for path in root.rglob("*.py") if re.search(r"filterwarnings|simplefilter", path.read_text("utf-8"))]
-    assert silencing == [root / "terminal.py"]
+    assert silencing == [root / "cli" / "terminal.py"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepfusion import progress
-from deepfusion.training import train
+from deepfusion.learning.training import train
 
 STEPS = 30
 

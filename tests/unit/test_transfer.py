@@ -18,11 +18,12 @@ from gateways import Device, Faults, Gateway, free_port, make_card, offer_of
 from deepfusion.config import FederationSection
 from deepfusion.digests import sha256_file
 from deepfusion.errors import InputError
-from deepfusion.federation import identity, uploads
-from deepfusion.federation.connection import Connection, Refused
-from deepfusion.federation.gateway import create_app
-from deepfusion.federation.home import Home
-from deepfusion.federation.transfer import hand_in
+from deepfusion.federation import identity
+from deepfusion.federation.device.connection import Connection, Refused
+from deepfusion.federation.device.transfer import hand_in
+from deepfusion.federation.server import uploads
+from deepfusion.federation.server.gateway import create_app
+from deepfusion.federation.server.home import Home
 
 WEIGHTS = "model.safetensors"
 MIB = 2**20

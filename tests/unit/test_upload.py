@@ -24,14 +24,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from deepfusion import models
-from deepfusion.card import CARD, Card, read_card, weights_digest, write_card
-from deepfusion.compact import FORMAT, open_base, write_delta
 from deepfusion.config import Encoding
 from deepfusion.digests import folder_digest
 from deepfusion.errors import InputError
 from deepfusion.federation.offer import check_offer, read_offer
-from deepfusion.upload import adopt_checkpoint, check_upload
+from deepfusion.models.compact import FORMAT, open_base, write_delta
+from deepfusion.models.loading import load_model
+from deepfusion.models.signature import type_signature
+from deepfusion.uploads.adopt import adopt_checkpoint
+from deepfusion.uploads.card import CARD, Card, read_card, weights_digest, write_card
+from deepfusion.uploads.check import check_upload
 
 LIMIT = 10**8
 
@@ -124,14 +126,14 @@ def test_a_compact_upload_is_sound_and_of_the_type_of_full_ones(kind: str, encod
     check_offer(read_offer(tmp_path / "d"), "d", LIMIT)
     model.save_pretrained(tmp_path / "full")
     save_tokenizer(tmp_path / "full")
-    assert models.type_signature(tmp_path / "full", read_card(tmp_path / "d").base_digest) == read_card(tmp_path / "d").signature
+    assert type_signature(tmp_path / "full", read_card(tmp_path / "d").base_digest) == read_card(tmp_path / "d").signature
     stored = (tmp_path / "d" / "delta.safetensors").stat().st_size / (tmp_path / "full" / "model.safetensors").stat().st_size
     assert stored < {"delta8": 0.5, "delta4": 0.4}[encoding]  # of a model so small the header takes much
 
 
 def test_an_upload_without_any_change_is_sound(base: Path, tmp_path: Path) -> None:
     save_compact_upload(tmp_path / "d", base)
-    write_delta(tmp_path / "d", models.load_model(base).state_dict(), open_base(str(base)), "delta8")
+    write_delta(tmp_path / "d", load_model(base).state_dict(), open_base(str(base)), "delta8")
     sign_again(tmp_path / "d")
     assert codes(tmp_path / "d") == set()
     assert load_file(tmp_path / "d" / "delta.safetensors") == {}

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepfusion.errors import InputError
-from deepfusion.vaa import ViewAlignedAttention, span_pooling, stage_ends
+from deepfusion.learning.vaa import ViewAlignedAttention, span_pooling, stage_ends
 
 STAGES, PATCHES, KERNEL = 2, 8, 2
 SETTINGS = {"stages": STAGES, "patches": PATCHES, "width": 8, "heads": 2, "kernel": KERNEL}

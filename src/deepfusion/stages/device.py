@@ -10,25 +10,32 @@ import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from deepfusion import __version__, models, progress
-from deepfusion.artefacts import write_transport
-from deepfusion.card import CARD, Card, check_made, claim_upload, note_made, read_card, write_card
-from deepfusion.checkpoints import WholeModel
-from deepfusion.compact import open_base, write_delta
+from deepfusion import __version__, progress
 from deepfusion.config import Config, DeviceSection, DeviceSpec, Encoding, cluster_count, config_digest
-from deepfusion.corpus import Document
-from deepfusion.data import make_splits, reading_order, say_cut, training_steps, windows
 from deepfusion.digests import checkpoint_digest, sha256_file
-from deepfusion.distillation import Collator, Distiller, LossWeights
-from deepfusion.embedding import embed
 from deepfusion.errors import InputError
 from deepfusion.folders import LOCK, local_path, locked, open_work, put, remove, whole_folder, work_key
 from deepfusion.jobs import run_jobs
-from deepfusion.metrics import context_limit, evaluate_model
+from deepfusion.learning.corpus import Document
+from deepfusion.learning.distillation import Collator, Distiller, LossWeights
+from deepfusion.learning.memory import estimate_training_bytes, parse_memory, plan_training
+from deepfusion.learning.metrics import evaluate_model
+from deepfusion.learning.order import reading_order, training_steps
+from deepfusion.learning.training import train
+from deepfusion.models.architecture import read_config, stored_dtype
+from deepfusion.models.checkpoints import WholeModel
+from deepfusion.models.compact import open_base, write_delta
+from deepfusion.models.loading import context_limit, load_model, load_tokenizer, resolve_precision
+from deepfusion.models.presets import LORA_TARGETS, PRESETS, base_digest, model_config, require_plain, resolve
+from deepfusion.models.signature import type_signature
 from deepfusion.names import check_device_id, device_id
-from deepfusion.rows import Example
-from deepfusion.sources import load_source, local_files, shuffled
-from deepfusion.training import train
+from deepfusion.report.artefacts import write_transport
+from deepfusion.text.embedding import embed
+from deepfusion.text.rows import Example
+from deepfusion.text.sources import load_source, local_files, shuffled
+from deepfusion.text.splits import make_splits
+from deepfusion.text.windows import say_cut, windows
+from deepfusion.uploads.card import CARD, Card, check_made, claim_upload, note_made, read_card, write_card
 
 _READ = ("data.max_chars", "data.prompt_loss_weight")  # of the section data, by `train_device`
 _TRAINING = tuple(key for key in DeviceSection.model_fields if key != "types")
@@ -85,7 +92,7 @@ def train_alone(config: Config, data: Path, upload: Path, type: str | None, memo
         InputError: a bad name or bad data, nothing fits, or `upload` is somebody else's or of another request
             (`not-ours`, `another-upload`).
     """
-    types = [local_path(name) for name in ([type] if type else config.device.types) if name not in models.PRESETS]
+    types = [local_path(name) for name in ([type] if type else config.device.types) if name not in PRESETS]
     name = device_id(upload.resolve().name) if name is None else check_device_id(name)
     upload = claim_upload(upload, [data, *local_files([str(data)]), *(folder for folder in types if folder.is_dir())])
     documents = load_source(str(data))
@@ -119,14 +126,14 @@ def train_alone(config: Config, data: Path, upload: Path, type: str | None, memo
 def _request(config: Config, data: Path, device: DeviceSpec) -> str:
     """Digest of all that the upload of a device depends on, 64 hex digits."""
     settings = config_digest(config, "seed", "precision", *_READ, *(f"device.{key}" for key in _TRAINING))
-    start = Path(device.type).name, checkpoint_digest(models.resolve(device.type))  # wherever it lies
+    start = Path(device.type).name, checkpoint_digest(resolve(device.type))  # wherever it lies
     parts = [__version__, settings, *(sha256_file(file) for file in local_files([str(data)])), *start, str(device.id)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _largest(config: Config, memory: str, documents: list[Example]) -> str:
-    plan = models.plan(
-        models.parse_memory(memory), config.device.types, (config.device.method,), config.device.batch_size,
+    plan = plan_training(
+        parse_memory(memory), config.device.types, (config.device.method,), config.device.batch_size,
         min(max(len(d.text) for d in documents), config.data.max_chars), config.precision,
         config.device.lora_rank,
     )  # fmt: skip
@@ -159,13 +166,13 @@ def train_device(
         return _losses(upload)
     if device.memory is not None:
         _check_memory(config, device, method)
-    base = models.resolve(device.type)
-    precision = models.resolve_precision(config.precision, models.read_config(base))
+    base = resolve(device.type)
+    precision = resolve_precision(config.precision, read_config(base))
     # Whatever is wrong with the public checkpoint, which others will read tensor by tensor, is said before the training.
     if method != "full":
-        models.require_plain(base)
+        require_plain(base)
     public = None if encoding == "weights" else open_base(device.type)
-    tokenizer = models.load_tokenizer(base)
+    tokenizer = load_tokenizer(base)
     student = _load_student(base, method, precision, name)
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if method != "qlora":
@@ -180,7 +187,7 @@ def train_device(
             LoraConfig(
                 r=config.device.lora_rank,
                 lora_alpha=2 * config.device.lora_rank,
-                target_modules=models.LORA_TARGETS,
+                target_modules=LORA_TARGETS,
                 task_type="CAUSAL_LM",
             ),
         )
@@ -212,9 +219,9 @@ def train_device(
             device=name,
             type=public_name,
             model_class=type(student).__name__,
-            signature=models.type_signature(part, models.base_digest(device.type)),
+            signature=type_signature(part, base_digest(device.type)),
             base=public_name if method == "full" and public is None else device.type,  # all weights need no place on the server
-            base_digest=models.base_digest(device.type),
+            base_digest=base_digest(device.type),
             method=method,
             encoding=encoding,
             encoding_error=error,
@@ -241,7 +248,7 @@ def _losses(upload: Path) -> dict[str, Any]:
 
 def _save_weights(student: PreTrainedModel, adapter: Any, base: str, folder: Path, name: str) -> None:
     if adapter is None:
-        torch.nn.Module.to(student, models.stored_dtype(base))
+        torch.nn.Module.to(student, stored_dtype(base))
         student.save_pretrained(folder)
         return
     settings = adapter.peft_config["default"]
@@ -249,13 +256,13 @@ def _save_weights(student: PreTrainedModel, adapter: Any, base: str, folder: Pat
     settings.target_modules = sorted(settings.target_modules or ())  # a set, whose order differs between processes
     adapter.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card names local paths
-    models.read_config(base).save_pretrained(folder)  # the student's own may speak of quantisation
+    read_config(base).save_pretrained(folder)  # the student's own may speak of quantisation
 
 
 def _save_change(student: PreTrainedModel, public: WholeModel, encoding: Encoding, folder: Path) -> float:
     """What training changed of the public checkpoint; the largest error of a weight."""
     error = write_delta(folder, student.state_dict(), public, encoding)
-    models.read_config(public.folder).save_pretrained(folder)
+    read_config(public.folder).save_pretrained(folder)
     if student.generation_config is not None:
         student.generation_config.save_pretrained(folder)
     return error
@@ -263,13 +270,13 @@ def _save_change(student: PreTrainedModel, public: WholeModel, encoding: Encodin
 
 def _load_student(base: str, method: str, precision: str, name: str) -> PreTrainedModel:
     if method != "qlora":
-        return models.load_model(base, "fp32" if method == "full" else precision)
+        return load_model(base, "fp32" if method == "full" else precision)
     try:
         quantization = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         )  # fmt: skip
-        model = models.load_model(base, precision, quantization)
+        model = load_model(base, precision, quantization)
     except (ImportError, RuntimeError, ValueError) as error:
         raise InputError(
             f"NF4 quantisation does not run here ({str(error).splitlines()[0]})",
@@ -287,9 +294,9 @@ def _loss(model: PreTrainedModel, tokenizer: Any, held_out: list[Example], confi
 
 
 def _check_memory(config: Config, device: DeviceSpec, method: str) -> None:
-    budget = models.parse_memory(device.memory or "")
-    needed = models.estimate_training_bytes(
-        models.model_config(device.type), method, config.device.batch_size, config.data.max_chars // 3,
+    budget = parse_memory(device.memory or "")
+    needed = estimate_training_bytes(
+        model_config(device.type), method, config.device.batch_size, config.data.max_chars // 3,
         config.precision, config.device.lora_rank,
     )  # fmt: skip
     if needed > budget:

@@ -11,17 +11,22 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from deepfusion import families, models, progress
-from deepfusion.artefacts import write_model_card
-from deepfusion.checkpoints import numbered
+from deepfusion import progress
 from deepfusion.config import Config
-from deepfusion.corpus import Document, build_corpus, read_corpus, reading_periods, write_corpus
-from deepfusion.data import make_splits, reading_order
-from deepfusion.distillation import Collator, Distiller, LossWeights, Teacher
+from deepfusion.families.moe import check_base
 from deepfusion.folders import remove, whole_folder
 from deepfusion.jobs import run_jobs
-from deepfusion.metrics import context_limit
-from deepfusion.training import train
+from deepfusion.learning.corpus import Document, build_corpus, read_corpus, reading_periods, write_corpus
+from deepfusion.learning.distillation import Collator, Distiller, LossWeights, Teacher
+from deepfusion.learning.memory import estimate_training_bytes, require_memory
+from deepfusion.learning.order import reading_order
+from deepfusion.learning.training import train
+from deepfusion.models.architecture import parameter_total, read_config
+from deepfusion.models.checkpoints import numbered
+from deepfusion.models.loading import context_limit, load_model, load_tokenizer, resolve_precision
+from deepfusion.models.presets import base_checkpoint
+from deepfusion.report.artefacts import write_model_card
+from deepfusion.text.splits import make_splits
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path, method: Callable[..., nn.Module] = Distiller) -> dict[str, Any]:
@@ -38,8 +43,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path, method: Callable[...
     bases.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
     proxies = numbered(inputs["proxies"])
-    start = models.base_checkpoint(config.distill.base, config.family)
-    families.check_base(config.family, models.read_config(start))
+    start = base_checkpoint(config.distill.base, config.family)
+    check_base(config.family, read_config(start))
     trunk_steps = round(config.distill.steps * config.distill.trunk_share)
     if trunk_steps and not (bases / "trunk").is_dir():
         _check_memory(config, start, proxies)
@@ -68,12 +73,12 @@ def run(config: Config, inputs: dict[str, Path], out: Path, method: Callable[...
 def _check_memory(config: Config, start: Path, proxies: list[Path]) -> None:
     """Refuses teachers that do not fit beside the trunk, before hours go into what they write."""
     teachers = 0
-    for proxy in map(models.read_config, proxies):
-        half = models.resolve_precision(config.precision, proxy) == "bf16"
-        teachers += models.parameter_total(proxy) * (2 if half else 4)
+    for proxy in map(read_config, proxies):
+        half = resolve_precision(config.precision, proxy) == "bf16"
+        teachers += parameter_total(proxy) * (2 if half else 4)
     tokens = config.data.max_chars // 3
-    trunk = models.estimate_training_bytes(models.read_config(start), "full", config.distill.batch_size, tokens)
-    models.require_memory(
+    trunk = estimate_training_bytes(read_config(start), "full", config.distill.batch_size, tokens)
+    require_memory(
         teachers + trunk, f"distilling the trunk from {len(proxies)} teachers at once", where="clustering.proxies",
         allowed=f"{config.experts} (one per expert) or more, as memory allows",
         fix="fewer proxies or experts, or recipe=paper, which has one teacher at a time",
@@ -104,9 +109,9 @@ def distill(
         return None
     settings = config.distill
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = models.load_tokenizer(start)
-    student = models.load_model(start, "fp32")
-    precision = models.resolve_precision(config.precision, student.config)
+    tokenizer = load_tokenizer(start)
+    student = load_model(start, "fp32")
+    precision = resolve_precision(config.precision, student.config)
     nn.Module.to(student, device)
     history: list[dict[str, float]] = []
     if steps:

@@ -14,14 +14,17 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from deepfusion import progress
-from deepfusion.card import read_card
-from deepfusion.compact import DELTA, Compact
 from deepfusion.config import Config
-from deepfusion.data import Example, load_source, make_splits
 from deepfusion.folders import write_whole
 from deepfusion.jobs import run_jobs
-from deepfusion.metrics import evaluate_model, expert_use
-from deepfusion.models import load_model, load_tokenizer, resolve
+from deepfusion.learning.metrics import evaluate_model, expert_use
+from deepfusion.models.compact import DELTA, Compact
+from deepfusion.models.loading import load_model, load_tokenizer
+from deepfusion.models.presets import resolve
+from deepfusion.text.rows import Example
+from deepfusion.text.sources import load_source
+from deepfusion.text.splits import make_splits
+from deepfusion.uploads.card import read_card
 
 # The shares of experts settle long before the losses do.
 EXPERT_USE_DOCUMENTS = 64

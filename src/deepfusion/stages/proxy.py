@@ -10,14 +10,16 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig
 
-from deepfusion import models, progress
-from deepfusion.adapters import ADAPTER_CONFIG, open_adapter
-from deepfusion.artefacts import cell, counted
-from deepfusion.checkpoints import TensorWriter, copy_tokenizer, mean_of
-from deepfusion.compact import DELTA, Compact, open_whole
+from deepfusion import progress
 from deepfusion.config import Config
 from deepfusion.errors import InputError
 from deepfusion.folders import whole_folder
+from deepfusion.models.adapters import ADAPTER_CONFIG, open_adapter
+from deepfusion.models.architecture import architecture, read_config
+from deepfusion.models.checkpoints import TensorWriter, copy_tokenizer, mean_of
+from deepfusion.models.compact import DELTA, Compact, open_whole
+from deepfusion.models.presets import base_digest, resolve
+from deepfusion.report.artefacts import cell, counted
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def average(folders: list[Path], entries: list[dict[str, Any]], weights: list[fl
                 continue
             dtype = _widest([member.dtype(name) for member in members])
             writer.add(name, mean_of((member.get(name) for member in members), weights, dtype))
-    config = models.read_config(folders[0])
+    config = read_config(folders[0])
     config.dtype = dtype
     config.save_pretrained(out)
     if (folders[0] / "generation_config.json").is_file():
@@ -102,7 +104,7 @@ def _member(folder: Path, entry: dict[str, Any]) -> _Member:
 
 def _base(entry: dict[str, Any]) -> str:
     """The model type whose public checkpoint an upload refers to."""
-    if models.base_digest(entry["base"]) != entry["base_digest"]:
+    if base_digest(entry["base"]) != entry["base_digest"]:
         raise InputError(
             f"the server's {entry['base']} is not the checkpoint that the training began with",
             where=f"device {entry['device']}",
@@ -116,9 +118,9 @@ class _Adapted:
     """A public checkpoint with a LoRA update merged in exactly: `W + scale * B A`, in fp32."""
 
     def __init__(self, folder: Path, type: str) -> None:
-        base = models.resolve(type)
+        base = resolve(type)
         self.base = open_whole(base)
-        self.transposed = models.architecture(models.read_config(base)).transposed
+        self.transposed = architecture(read_config(base)).transposed
         self.adapter = open_adapter(folder)
 
     def names(self) -> list[str]:

@@ -8,18 +8,20 @@ from typing import Any
 
 import torch
 
-from deepfusion import models, progress
-from deepfusion.adapters import merged_model
-from deepfusion.artefacts import write_transport
-from deepfusion.checkpoints import copy_tokenizer, tokenizer_files
+from deepfusion import progress
 from deepfusion.config import Config
-from deepfusion.corpus import sample_texts
-from deepfusion.embedding import embed
 from deepfusion.errors import InputError
 from deepfusion.folders import copy_folder
-from deepfusion.intake import Given, survey
 from deepfusion.jobs import run_jobs
-from deepfusion.upload import Problem, adopt_checkpoint, write_refusal
+from deepfusion.learning.corpus import sample_texts
+from deepfusion.models.adapters import merged_model
+from deepfusion.models.architecture import stored_dtype
+from deepfusion.models.checkpoints import copy_tokenizer, tokenizer_files
+from deepfusion.report.artefacts import write_transport
+from deepfusion.text.embedding import embed
+from deepfusion.uploads.adopt import adopt_checkpoint
+from deepfusion.uploads.check import Problem, write_refusal
+from deepfusion.uploads.intake import Given, survey
 
 SAMPLES = 64  # texts a plain checkpoint samples so that its knowledge can be embedded
 
@@ -80,5 +82,5 @@ def _without_place(error: InputError) -> str:
 def _merge(adapter: Path, base: Path, out: Path) -> None:
     """Write the whole model that an adapter stands for, in the dtype of its base, with the tokenizer that came with it."""
     merged: Any = merged_model(adapter, base)
-    merged.to(models.stored_dtype(base) or torch.float32).save_pretrained(out)
+    merged.to(stored_dtype(base) or torch.float32).save_pretrained(out)
     copy_tokenizer(adapter if (adapter / "tokenizer.json").is_file() or not tokenizer_files(base) else base, out)

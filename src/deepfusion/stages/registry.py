@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from deepfusion import progress
-from deepfusion.card import Card, read_card, weights_digest
 from deepfusion.config import Config
 from deepfusion.errors import InputError
-from deepfusion.upload import Problem, check_upload, read_refusal
+from deepfusion.uploads.card import Card, read_card, weights_digest
+from deepfusion.uploads.check import Problem, check_upload, read_refusal
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:

@@ -7,17 +7,18 @@ from typing import Any
 
 import torch
 
-from deepfusion import families, models
-from deepfusion.artefacts import write_final_card, write_model_card
-from deepfusion.checkpoints import numbered
 from deepfusion.config import Config
-from deepfusion.corpus import read_corpus, reading_periods
-from deepfusion.data import reading_order
-from deepfusion.distillation import Collator, Distiller, LossWeights, Teacher
+from deepfusion.families.moe import is_expert_name, pinned_parameters
 from deepfusion.folders import remove, whole_folder
 from deepfusion.jobs import run_jobs
-from deepfusion.metrics import context_limit
-from deepfusion.training import train
+from deepfusion.learning.corpus import read_corpus, reading_periods
+from deepfusion.learning.distillation import Collator, Distiller, LossWeights, Teacher
+from deepfusion.learning.order import reading_order
+from deepfusion.learning.training import train
+from deepfusion.models.architecture import read_config
+from deepfusion.models.checkpoints import numbered
+from deepfusion.models.loading import context_limit, load_model, load_tokenizer, resolve_precision
+from deepfusion.report.artefacts import write_final_card, write_model_card
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
@@ -67,15 +68,15 @@ def tune(
         return {}
     settings = config.tune
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = models.load_tokenizer(start)
-    student = models.load_model(start, "fp32")
-    precision = models.resolve_precision(config.precision, student.config)
+    tokenizer = load_tokenizer(start)
+    student = load_model(start, "fp32")
+    precision = resolve_precision(config.precision, student.config)
     torch.nn.Module.to(student, device)
     documents = [d for d in read_corpus(corpus) if samples or d.source != "sampled"]
     steps = settings.steps if documents else 0
-    pinned = set(families.pinned_parameters(student))
+    pinned = set(pinned_parameters(student))
     for name, parameter in student.named_parameters():
-        frozen = families.is_expert_name(name) and not settings.train_experts
+        frozen = is_expert_name(name) and not settings.train_experts
         parameter.requires_grad_(not frozen and name not in pinned)
     teachers = {k: Teacher(folder, tokenizer, config.precision, device) for k, folder in proxies.items()}
     weights = LossWeights(
@@ -101,7 +102,7 @@ def tune(
         checkpoint_seconds=config.checkpoint_seconds,
     )
     with whole_folder(out) as part:
-        student.eval().to(models.read_config(start).dtype).save_pretrained(part)
+        student.eval().to(read_config(start).dtype).save_pretrained(part)
         tokenizer.save_pretrained(part)
         if unit == "control":  # the card of the MoE tells of the whole run
             facts = {"public documents without samples of the proxies": len(documents), "steps": steps, "seed": config.seed}

@@ -1,0 +1,49 @@
+"""Options and prints that several commands share."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import rich
+import typer
+
+from deepfusion.cli import terminal
+from deepfusion.errors import InputError
+
+ConfigFile = Annotated[Path | None, typer.Argument(help="YAML config; default: the quickstart")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, may be repeated")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout, nothing else")]
+From = Annotated[str | None, typer.Option("--from", help="redo this stage and what follows")]
+Until = Annotated[str | None, typer.Option("--until", help="stop after this stage")]
+Run = Annotated[Path, typer.Argument(help="a run folder")]
+
+
+def need_flower() -> None:
+    if find_spec("flwr") is None:
+        raise InputError("the federation needs Flower", fix="pip install deepfusion[federation]", code="no-flower")
+
+
+def plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=not terminal.utf8()))
+
+
+def print_outcome(run: Path, json_: bool) -> None:
+    evaluation = run / "evaluation.json"
+    final, page = run / "moe" / "final", run / "report" / "index.html"
+    if json_:
+        done = json.loads(evaluation.read_text("utf-8")) if evaluation.is_file() else None
+        return print_json({"run": str(run), "checkpoint": str(final), "report": str(page), "evaluation": done})
+    if evaluation.is_file():
+        from deepfusion.report.page import summary_table
+
+        rich.print(summary_table(run))
+    for name, path in (("checkpoint", final), ("report", page)):
+        if path.exists():
+            print(f"{name}: {path}")

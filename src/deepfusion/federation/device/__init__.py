@@ -1,0 +1,1 @@
+"""A device's side: signed requests, resumable upload, joining. Needs no model framework to move files."""

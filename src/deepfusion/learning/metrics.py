@@ -1,0 +1,287 @@
+"""How well a causal language model predicts held-out text: log-perplexity, bits per byte, accuracies, expert use."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deepfusion.errors import InputError
+from deepfusion.families.moe import router_logits_by_layer
+from deepfusion.learning.choices import LOGITS_PER_FORWARD, Verdict, judge_choices
+
+# Of these a plain mean over the domains is taken; of the last three over those that have questions with options.
+from deepfusion.models.loading import context_limit
+from deepfusion.text.encoding import Encoded, encode
+from deepfusion.text.rows import Example
+from deepfusion.text.windows import windows
+
+# Of these a plain mean over the domains is taken; of the last three over those that have questions with options.
+AVERAGED = ("log_perplexity", "bits_per_byte", "token_accuracy", "choice_accuracy", "acc", "acc_norm")
+# Windows are not cut below this many characters, however short the context of the model.
+LEAST_CHARS = 16
+
+
+@dataclass(slots=True)
+class _Row:
+    """One sequence to score: `input_ids` int64 [T], `counted` bool [T] (targets that count), and what scoring found."""
+
+    input_ids: np.ndarray
+    counted: np.ndarray
+    size: int  # UTF-8 bytes of what counts
+    nats: float = 0.0
+    correct: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return int(self.counted.sum())
+
+
+@dataclass(slots=True)
+class _Window:
+    """One window of a document; where it has options there is one row for each, and `answer` is the true one."""
+
+    domain: str
+    rows: list[_Row]
+    answer: int
+
+    @property
+    def truth(self) -> _Row:
+        return self.rows[self.answer]
+
+    @property
+    def chosen(self) -> int:
+        """The option of the highest log-likelihood per UTF-8 byte, its leading space counted; ties: first."""
+        return min(range(len(self.rows)), key=lambda i: self.rows[i].nats / max(self.rows[i].size, 1))
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 16,
+    max_chars: int = 1024,
+    choices: bool = True,
+    lm_eval: bool = True,
+) -> dict[str, Any]:
+    """Measure a model on documents; every completion token counts once, prompts and end tokens never do.
+
+    Args:
+        model: any causal language model, in any dtype, on any device; it is left as it was.
+        tokenizer: its fast tokenizer.
+        examples: documents; long ones are cut into windows, and none of their completions is left out.
+        batch_size: windows (or options) per forward pass; fewer where their logits would not fit.
+        max_chars: characters per window.
+        choices: also score every option of multiple-choice documents.
+        lm_eval: where `choices`, once more as lm-evaluation-harness does, which has other marks.
+
+    Returns:
+        `log_perplexity` (nats per counted token), `perplexity`, `bits_per_byte` (of the completions, so that models
+        with different tokenizers compare), `token_accuracy` (share of tokens predicted exactly), `choice_accuracy`
+        (the option of the highest likelihood per byte of the completion, its leading space counted, after our start
+        mark), `acc` and `acc_norm` (those of lm-evaluation-harness, see `choices`; all three None where not asked for),
+        `tokens`, `examples`: over all tokens. The same keys per domain in `by_domain`. The headline is
+        `mean_over_domains`, the plain means of the domains, whatever their numbers of tokens.
+
+    Raises:
+        InputError: no examples, no token to count, a number out of its bounds, or a model whose losses are not finite.
+    """
+    _check(examples, batch_size, max_chars)
+    scored: list[_Window] = []
+    for example in examples:
+        scored.extend(_windows(tokenizer, example, max_chars, context_limit(model), choices))
+    _score(model, [row for window in scored for row in window.rows], batch_size)
+    asked = [e for e in examples if choices and lm_eval and e.options and e.answer is not None]
+    verdicts = judge_choices(model, tokenizer, asked, batch_size=batch_size)
+    documents = [example.domain for example in examples]
+    by_domain = {
+        domain: _summary(
+            [window for window in scored if window.domain == domain],
+            [verdict for example, verdict in zip(asked, verdicts, strict=True) if example.domain == domain],
+            documents.count(domain),
+        )
+        for domain in sorted(set(documents))
+    }
+    means = {key: _mean([values[key] for values in by_domain.values()]) for key in AVERAGED}
+    return {**_summary(scored, verdicts, len(examples)), "mean_over_domains": means, "by_domain": by_domain}
+
+
+def _check(examples: Sequence[Example], batch_size: int, max_chars: int = LEAST_CHARS) -> None:
+    """Refuse what could not end, or would end in a division by zero."""
+    if not examples:
+        raise InputError("there is no document to evaluate on", code="no-examples")
+    for name, value, least in (("batch_size", batch_size, 1), ("max_chars", max_chars, LEAST_CHARS)):
+        if not isinstance(value, int) or value < least:
+            raise InputError(f"{name} is {value!r}", allowed=f"a whole number of at least {least}", code="bad-value")
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Plain mean of those that are there; None where none is."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def bits_per_byte_of_each(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, batch_size: int = 16
+) -> list[float]:
+    """Bits per UTF-8 byte of each completion by itself, in the order of `examples`."""
+    if examples:
+        _check(examples, batch_size)
+    limit = context_limit(model)
+    rows = [[row for w in _windows(tokenizer, e, 1 << 30, limit, False) for row in w.rows] for e in examples]
+    _score(model, [row for own in rows for row in own], batch_size)
+    return [sum(r.nats for r in own) / math.log(2) / max(sum(r.size for r in own), 1) for own in rows]
+
+
+def expert_use(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 16,
+    max_chars: int = 1024,
+) -> dict[str, list[list[float]]]:
+    """How the router of a Mixture-of-Experts shares out the tokens of each domain [DF eq. 4].
+
+    Returns:
+        domain -> one list per MoE layer -> share of each expert in the top-k choices of all tokens; a list sums to 1.
+        Limits that a family puts on groups of experts are not counted in.
+
+    Raises:
+        InputError: no examples, a number out of its bounds, or a model without routers.
+    """
+    _check(examples, batch_size, max_chars)
+    rows: dict[str, list[_Row]] = {}
+    for example in examples:
+        for window in _windows(tokenizer, example, max_chars, context_limit(model), choices=False):
+            rows.setdefault(window.domain, []).extend(window.rows)
+    return {domain: _expert_shares(model, rows[domain], batch_size) for domain in sorted(rows)}
+
+
+def _windows(
+    tokenizer: PreTrainedTokenizerBase, example: Example, max_chars: int, limit: int | None, choices: bool
+) -> Iterator[_Window]:
+    for window in windows(example, max_chars):
+        options = window.options if choices and window.answer is not None else ()
+        completions = options or (window.completion,)
+        answer = window.answer if options and window.answer is not None else 0
+        encoded = [encode(tokenizer, replace(window, completion=text), add_end=False) for text in completions]
+        if limit and max_chars > LEAST_CHARS and max(len(one.input_ids) for one in encoded) > limit:
+            # Cutting the text again, rather than the tokens, keeps the measured text the same for every model.
+            yield from _windows(tokenizer, window, min(max_chars, len(window.text)) // 2, limit, choices)
+        else:
+            sizes = [len(text.encode()) for text in options] or [window.learned_bytes]
+            rows = [_row(one, size, limit) for one, size in zip(encoded, sizes, strict=True)]
+            yield _Window(window.domain, rows, answer)
+
+
+def _row(encoded: Encoded, size: int, limit: int | None) -> _Row:
+    counted = encoded.weights > 0
+    counted[:1] = False  # Nothing stands before the first token that could predict it.
+    return _Row(encoded.input_ids[:limit], counted[:limit], size)
+
+
+def _batches(rows: Sequence[_Row], batch_size: int, vocabulary: int) -> Iterator[list[_Row]]:
+    """Rows of similar length together, the longest first so that memory peaks at once."""
+    batch: list[_Row] = []
+    for row in sorted(rows, key=lambda row: len(row.input_ids), reverse=True):
+        kept = _kept([*batch, row])
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * kept * vocabulary > LOGITS_PER_FORWARD):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _kept(batch: Sequence[_Row]) -> int:
+    """At how many last positions logits are needed: prompts stand first, and nobody asks how they were predicted."""
+    longest = max(len(row.input_ids) for row in batch)
+    first = min((int(row.counted.argmax()) for row in batch if row.tokens), default=longest)
+    return longest - first + 1
+
+
+def _padded(batch: list[_Row], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids and attention mask, both int64 [rows, tokens]."""
+    longest = max(len(row.input_ids) for row in batch)
+    ids, mask = (np.zeros((len(batch), longest), np.int64) for _ in range(2))
+    for i, row in enumerate(batch):
+        ids[i, : len(row.input_ids)] = row.input_ids
+        mask[i, : len(row.input_ids)] = 1
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+
+
+@torch.inference_mode()
+def _score(model: PreTrainedModel, rows: Sequence[_Row], batch_size: int) -> None:
+    """Fill in `nats` and `correct` of every row."""
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    training = model.training
+    model.eval()
+    for batch in _batches(rows, batch_size, model.config.get_text_config().vocab_size):
+        ids, mask = _padded(batch, model.device)
+        kept = {"logits_to_keep": _kept(batch)} if keeps else {}
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **kept).logits
+        for i, row in enumerate(batch):
+            targets = np.flatnonzero(row.counted)
+            if not len(targets):
+                continue
+            picked = logits[i, torch.from_numpy(targets - 1 - ids.shape[1] + logits.shape[1])].float()
+            truth = ids[i, torch.from_numpy(targets)]
+            row.nats = cross_entropy(picked, truth, reduction="none").double().sum().item()
+            row.correct = int((picked.argmax(-1) == truth).sum())
+    model.train(training)
+
+
+@torch.inference_mode()
+def _expert_shares(model: PreTrainedModel, rows: Sequence[_Row], batch_size: int) -> list[list[float]]:
+    top_k = getattr(model.config, "num_experts_per_tok", None)
+    counts: list[torch.Tensor] = []
+    training = model.training
+    model.eval()
+    for batch in _batches(rows, batch_size, model.config.get_text_config().vocab_size):
+        ids, mask = _padded(batch, model.device)
+        with router_logits_by_layer(model) as layers:
+            # The body alone: routers need no logits over the vocabulary.
+            model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        if not layers or not top_k:
+            raise InputError("the model has no routers", where=type(model).__name__, code="no-routers")
+        real = mask.flatten().bool()
+        found = [_choices(layers[layer][real], top_k) for layer in sorted(layers)]
+        counts = [a + b for a, b in zip(counts, found, strict=True)] if counts else found
+    model.train(training)
+    return [(count / count.sum()).tolist() for count in counts]
+
+
+def _choices(logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """How often each expert is among the top k: float [tokens, experts] -> int64 [experts]."""
+    return torch.bincount(logits.topk(top_k, dim=-1).indices.flatten(), minlength=logits.shape[-1])
+
+
+def _summary(scored: Sequence[_Window], verdicts: Sequence[Verdict], documents: int) -> dict[str, Any]:
+    truths = [window.truth for window in scored]
+    tokens, nats = sum(row.tokens for row in truths), sum(row.nats for row in truths)
+    if not tokens:
+        raise InputError("the documents hold no token to count", code="no-tokens")
+    if not math.isfinite(nats):
+        raise InputError("the losses of the model are not finite; its weights are broken", code="non-finite-loss")
+    questions = [window for window in scored if len(window.rows) > 1]
+    right = sum(window.chosen == window.answer for window in questions)
+    return {
+        "log_perplexity": nats / tokens,
+        "perplexity": math.exp(min(nats / tokens, 700.0)),  # e^710 is beyond a float
+        "bits_per_byte": nats / math.log(2) / sum(row.size for row in truths),
+        "token_accuracy": sum(row.correct for row in truths) / tokens,
+        "choice_accuracy": right / len(questions) if questions else None,
+        "acc": _mean([verdict.acc for verdict in verdicts]),
+        "acc_norm": _mean([verdict.acc_norm for verdict in verdicts]),
+        "tokens": tokens,
+        "examples": documents,
+    }
