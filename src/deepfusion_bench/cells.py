@@ -227,10 +227,10 @@ def _measured(cell: Cell, uploads: Path, out: Path) -> dict[str, Any]:
     models = {
         name: {
             text: measure(
-                f"{name}, {text} text", out / "measured" / f"{place}-{text}.json", folder, examples, **common,
+                f"{name}, {text} text", out / "measured" / f"{place}-{text}.json", folder, documents, **common,
                 precision=config.precision, routers=False, choices=text == "test" and config.evaluate.choices,
             )["metrics"]
-            for text, examples in texts.items()
+            for text, documents in texts.items()
         }
         for place, (name, folder) in enumerate(made.models.items())
     }  # fmt: skip

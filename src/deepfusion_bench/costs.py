@@ -29,7 +29,7 @@ from deepfusion import __version__
 from deepfusion.config import Encoding
 from deepfusion.errors import InputError
 from deepfusion.families.moe import MoELayout, is_expert_name, moe_config, parameter_count
-from deepfusion.learning.corpus import Document
+from deepfusion.learning.corpus import Window
 from deepfusion.learning.distillation import Collator, Distiller, LossWeights
 from deepfusion.learning.memory import RUNTIME_BYTES, estimate_training_bytes, require_memory
 from deepfusion.learning.training import train
@@ -38,7 +38,7 @@ from deepfusion.models.architecture import architecture, parameter_total
 from deepfusion.models.loading import load_tokenizer
 from deepfusion.models.presets import LORA_TARGETS, METHODS, model_config
 from deepfusion.pipeline import hardware
-from deepfusion.text.rows import Example
+from deepfusion.text.rows import Document
 
 ROUNDS = 4
 """Rounds of FedJETS where nothing else is said. Our choice: the paper gives no number."""
@@ -310,7 +310,7 @@ def _peak(config: PretrainedConfig, batch: int, tokens: int, steps: int, work: P
     """Peak bytes of this process after a few steps of the product's own training, with random weights."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
-    document = Document(Example("", " ".join(map(str, range(tokens))), "costs"), "private")
+    document = Window(Document("", " ".join(map(str, range(tokens))), "costs"), "private")
     collator = Collator(load_tokenizer("tiny-gpt2"), {}, 0.0, tokens)
     train(
         Distiller(model, LossWeights()), [[document] * batch] * steps, collator,

@@ -170,12 +170,12 @@ def test_uploads_hold_no_text_and_no_path(run, home):
 
 def test_no_test_document_reaches_devices_or_corpus(run):
     splits = make_splits(load_config(run / "config.yaml"))
-    test = {example.id for example in splits.test}
+    test = {document.id for document in splits.test}
     assert len(test) > 10
     seen = [e for part in (*splits.private.values(), *splits.held_out.values(), splits.public) for e in part]
-    assert test.isdisjoint(example.id for example in seen)
-    corpus = "\n".join(document.example.text for document in read_corpus(run / "bases" / "corpus.jsonl"))
-    assert not [example for example in splits.test if example.text in corpus]
+    assert test.isdisjoint(document.id for document in seen)
+    corpus = "\n".join(document.document.text for document in read_corpus(run / "bases" / "corpus.jsonl"))
+    assert not [document for document in splits.test if document.text in corpus]
 
 
 def test_second_run_redoes_nothing(run, values):

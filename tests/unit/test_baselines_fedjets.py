@@ -27,9 +27,9 @@ from deepfusion import progress
 from deepfusion.config import Config, load_config, parse_config
 from deepfusion.errors import InputError
 from deepfusion.families.moe import FAMILIES, is_expert_name
-from deepfusion.learning.corpus import Document
+from deepfusion.learning.corpus import Window
 from deepfusion.stages import merge
-from deepfusion.text.rows import Example
+from deepfusion.text.rows import Document
 from deepfusion_bench.baselines import fedjets
 from deepfusion_bench.baselines.fedjets import (
     FedJETS,
@@ -229,8 +229,8 @@ def test_devices_are_drafted_by_what_sets_them_apart():
 def test_preferences_are_mean_router_probabilities_whatever_the_padding(zoo, tmp_path, family):
     moe = loud(fuse(zoo[family], family, tmp_path, split=2))
     tokenizer = AutoTokenizer.from_pretrained(zoo[family])
-    documents = [Document(Example("", row["text"], ""), "private") for row in sentences("medicine", 3)]
-    documents.append(Document(Example("", "Gold.", ""), "private"))
+    documents = [Window(Document("", row["text"], ""), "private") for row in sentences("medicine", 3)]
+    documents.append(Window(Document("", "Gold.", ""), "private"))
     together = preferences(moe, tokenizer, documents, BASES)
     assert list(together) == [0, 1]
     alone = [preferences(moe, tokenizer, [document], BASES) for document in documents]

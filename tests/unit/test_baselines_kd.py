@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from conftest import sentences, small_settings
 from deepfusion.config import Config, VAASection
 from deepfusion.learning.align import SharedVocabulary, shared_vocabulary
-from deepfusion.learning.corpus import Document
+from deepfusion.learning.corpus import Window
 from deepfusion.learning.distillation import Collator, Distiller, LossWeights, Teacher
 from deepfusion.models.loading import load_model, load_tokenizer
 from deepfusion.text.encoding import encode
-from deepfusion.text.rows import Example
+from deepfusion.text.rows import Document
 from deepfusion_bench.baselines import fedkmt, ofakd
 from deepfusion_bench.baselines.fedkmt import FedKMT, FedKMTSettings, MinED
 from deepfusion_bench.baselines.ofakd import OFAKD, OFAKDSettings
@@ -31,9 +31,9 @@ NONE_SHARED = SharedVocabulary(torch.empty(0, dtype=torch.long), torch.empty(0, 
 words = st.text("abé ", max_size=6)
 
 
-def documents(*teachers: int | None) -> list[Document]:
+def documents(*teachers: int | None) -> list[Window]:
     rows = [row["text"] for domain in ("finance", "cooking") for row in sentences(domain, 3)]
-    return [Document(Example(row[:9], row[9:60], "d"), "public", teacher) for row, teacher in zip(rows, teachers, strict=False)]
+    return [Window(Document(row[:9], row[9:60], "d"), "public", teacher) for row, teacher in zip(rows, teachers, strict=False)]
 
 
 def made(
@@ -115,7 +115,7 @@ def test_different_tokenizers_match_the_same_words(zoo, name):
     shared = shared_vocabulary(tokenizer, teacher.tokenizer)
     assert torch.equal(mined.to_student[shared.teacher_ids], shared.student_ids)
     for document in documents(0, 0, 0):
-        own, theirs = (encode(t, document.example).input_ids for t in (tokenizer, teacher.tokenizer))
+        own, theirs = (encode(t, document.document).input_ids for t in (tokenizer, teacher.tokenizer))
         found = mined(own, theirs)
         assert (np.diff(found[found >= 0]) >= 0).all()
         assert all(int(mined.to_student[theirs[j]]) == own[i] for i, j in enumerate(found) if j >= 0)
@@ -143,11 +143,11 @@ def test_top_knowledge_by_hand():
 
 
 @torch.no_grad()
-def reference_fedkmt(module: FedKMT, collator: Collator, document: Document, top_k: int) -> tuple[float, float, bool]:
+def reference_fedkmt(module: FedKMT, collator: Collator, document: Window, top_k: int) -> tuple[float, float, bool]:
     """CE and KD loss of one text as loops over its tokens, and whether the teacher is better; same tokenizer or not."""
     teacher = module.teachers[0]
-    encoded = encode(collator.tokenizer, document.example, 0.5)
-    own, theirs = encoded.input_ids, encode(teacher.tokenizer, document.example).input_ids
+    encoded = encode(collator.tokenizer, document.document, 0.5)
+    own, theirs = encoded.input_ids, encode(teacher.tokenizer, document.document).input_ids
     log_p = module.student(torch.tensor(own)[None]).logits[0].log_softmax(-1)
     logits = teacher.model(torch.tensor(theirs)[None]).logits[0]
     log_q = logits.log_softmax(-1)
@@ -276,7 +276,7 @@ def test_mixed_batch_is_the_mean_of_its_groups(zoo, method):
     mean, total = 0.0, 0.0
     for wanted in (0, 1, None):
         part = [document for document in batch if document.teacher == wanted]
-        weight = sum(float(encode(collator.tokenizer, d.example, 0.5).weights[1:].sum()) for d in part)
+        weight = sum(float(encode(collator.tokenizer, d.document, 0.5).weights[1:].sum()) for d in part)
         mean, total = mean + weight * module(**collator(part))["loss"].item(), total + weight
     assert module(**collator(batch))["loss"].item() == pytest.approx(mean / total, rel=1e-4)
 

@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerFast
 
 from deepfusion.errors import InputError
 from deepfusion.learning.align import align_offsets, shared_vocabulary
-from deepfusion.learning.corpus import Document, read_corpus, write_corpus
+from deepfusion.learning.corpus import Window, read_corpus, write_corpus
 from deepfusion.text.chat import render
 from deepfusion.text.encoding import encode, prompt_ids
-from deepfusion.text.rows import Example, Turn, conversation, parse_row
-from deepfusion.text.windows import windows
+from deepfusion.text.rows import Document, Turn, conversation, parse_row
+from deepfusion.text.windows import cut_windows
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -56,74 +56,74 @@ CONTENT = st.text(st.sampled_from("ab é\nUserAssistant:<|>{%}中"), min_size=1,
 TURNS = st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=5)
 
 
-def chat(pairs: list[tuple[str, str]], system: str | None = None) -> Example:
+def chat(pairs: list[tuple[str, str]], system: str | None = None) -> Document:
     turns = [Turn("system", system)] if system else []
     for asked, answered in pairs:
         turns += [Turn("user", asked), Turn("assistant", answered, True)]
     return conversation(turns, "d")
 
 
-def learned_text(tokenizer: PreTrainedTokenizerFast, example: Example) -> str:
-    encoded = encode(tokenizer, example, add_end=False)
+def learned_text(tokenizer: PreTrainedTokenizerFast, document: Document) -> str:
+    encoded = encode(tokenizer, document, add_end=False)
     return tokenizer.decode(encoded.input_ids[encoded.weights > 0], clean_up_tokenization_spaces=False)
 
 
 @settings(deadline=None)
 @given(TURNS, st.none() | CONTENT)
 def test_tokens_are_those_of_the_template_and_all_answers_are_learned(pairs: list[tuple[str, str]], system: str | None) -> None:
-    example = chat(pairs, system)
-    messages = [{"role": turn.role, "content": turn.content} for turn in example.turns]
+    document = chat(pairs, system)
+    messages = [{"role": turn.role, "content": turn.content} for turn in document.turns]
     whole = CHAT.apply_chat_template(messages, tokenize=True, return_dict=False)
-    encoded = encode(CHAT, example)
+    encoded = encode(CHAT, document)
     assert encoded.input_ids.tolist() == whole[: len(encoded.input_ids)]
     assert CHAT.decode(whole[len(encoded.input_ids) :]) == "\n"  # what follows the last mark is for nobody to learn
-    answers = [turn.content for turn in example.turns if turn.learned]
-    assert learned_text(CHAT, example) == "".join(answers)
+    answers = [turn.content for turn in document.turns if turn.learned]
+    assert learned_text(CHAT, document) == "".join(answers)
     assert CHAT.decode(encoded.input_ids[encoded.weights > 0]) == "".join(f"{answer}<|im_end|>" for answer in answers)
-    assert learned_text(PLAIN, example) == "".join(f" {answer}" for answer in answers)
-    assert prompt_ids(CHAT, example) == encoded.input_ids[: len(prompt_ids(CHAT, example))].tolist()
-    assert CHAT.decode(prompt_ids(CHAT, example)).endswith("<|im_start|>assistant\n")
+    assert learned_text(PLAIN, document) == "".join(f" {answer}" for answer in answers)
+    assert prompt_ids(CHAT, document) == encoded.input_ids[: len(prompt_ids(CHAT, document))].tolist()
+    assert CHAT.decode(prompt_ids(CHAT, document)).endswith("<|im_start|>assistant\n")
 
 
 @settings(deadline=None)
 @given(TURNS, st.none() | CONTENT)
 def test_offsets_are_characters_of_the_plain_text(pairs: list[tuple[str, str]], system: str | None) -> None:
-    example = chat(pairs, system)
+    document = chat(pairs, system)
     for tokenizer in (CHAT, OTHER, PLAIN):
-        encoded = encode(tokenizer, example)
+        encoded = encode(tokenizer, document)
         starts, ends = encoded.offsets.T
         assert (starts <= ends).all()
         assert (np.diff(starts) >= 0).all()
-        for (start, end), turn in zip(example.contents, example.turns, strict=True):
+        for (start, end), turn in zip(document.contents, document.turns, strict=True):
             inside = (ends > starts) & (starts >= start) & (ends <= end)
             assert set(range(start, end)) == {place for a, b in encoded.offsets[inside] for place in range(a, b)}
-            assert example.text[start:end] == turn.content
-        assert starts[-1] == ends[-1] == len(example.text)
+            assert document.text[start:end] == turn.content
+        assert starts[-1] == ends[-1] == len(document.text)
 
 
 @settings(deadline=None)
 @given(TURNS)
 def test_two_templates_meet_at_every_character_of_the_contents(pairs: list[tuple[str, str]]) -> None:
-    example = chat(pairs)
-    starts = [start - 1 for start, _ in example.contents]
+    document = chat(pairs)
+    starts = [start - 1 for start, _ in document.contents]
     for student, teacher in ((PLAIN, CHAT), (CHAT, OTHER), (OTHER, PLAIN)):
-        own, theirs = encode(student, example), encode(teacher, example)
+        own, theirs = encode(student, document), encode(teacher, document)
         found = align_offsets(own.offsets, theirs.offsets, starts)
         met = own.offsets[found.student_index, 1]
         assert (met == theirs.offsets[found.teacher_index, 1]).all()
         single = found.student_index[:-1][found.single]
         ahead = own.offsets[single + 1]  # the next tokens whose distributions are compared
         compared = set(ahead[ahead[:, 1] > ahead[:, 0], 1].tolist())
-        for (start, end), turn in zip(example.contents, example.turns, strict=True):
+        for (start, end), turn in zip(document.contents, document.turns, strict=True):
             if turn.content.isascii():
                 assert set(range(start + 2, end + 1)) <= compared
             assert start + 1 not in compared  # the first of a turn: one template writes a space there, another none
 
 
 def test_equal_templates_are_one_and_the_same_reading() -> None:
-    example = chat([("Hi", "Hello")])
-    assert encode(CHAT, example).template == encode(copy.deepcopy(CHAT), example).template != encode(OTHER, example).template
-    assert encode(PLAIN, example).template == ""
+    document = chat([("Hi", "Hello")])
+    assert encode(CHAT, document).template == encode(copy.deepcopy(CHAT), document).template != encode(OTHER, document).template
+    assert encode(PLAIN, document).template == ""
     assert shared_vocabulary(CHAT, OTHER).identical
 
 
@@ -151,15 +151,15 @@ def test_turns_of_weight_0_are_read_and_not_learned() -> None:
     said = [("user", "a"), ("assistant", "no"), ("user", "b"), ("assistant", "yes")]
     row: dict[str, Any] = {"messages": [{"role": role, "content": content} for role, content in said]}
     row["messages"][1]["weight"] = 0
-    example = parse_row(row, "d")
-    assert learned_text(CHAT, example) == "yes"
-    assert learned_text(PLAIN, example) == " yes"
+    document = parse_row(row, "d")
+    assert learned_text(CHAT, document) == "yes"
+    assert learned_text(PLAIN, document) == " yes"
 
 
 @settings(deadline=None)
 @given(TURNS, st.integers(24, 120), st.none() | CONTENT)
 def test_windows_hold_every_answer_once(pairs: list[tuple[str, str]], max_chars: int, system: str | None) -> None:
-    cut = windows(chat(pairs, system), max_chars)
+    cut = cut_windows(chat(pairs, system), max_chars)
     learned = "".join(
         "".join(turn.content for turn in window.turns if turn.learned) if window.turns else window.text for window in cut
     )
@@ -171,7 +171,7 @@ def test_windows_hold_every_answer_once(pairs: list[tuple[str, str]], max_chars:
 
 def test_the_corpus_keeps_conversations(tmp_path: Path) -> None:
     documents = [
-        Document(window, "public", 1) for window in windows(chat([("Hi", "Hello " * 9), ("And", "So")], "Be kind."), 40)
-    ] + [Document(Example("p", " ", "d"), "sampled", 0)]
+        Window(window, "public", 1) for window in cut_windows(chat([("Hi", "Hello " * 9), ("And", "So")], "Be kind."), 40)
+    ] + [Window(Document("p", " ", "d"), "sampled", 0)]
     write_corpus(documents, tmp_path / "corpus.jsonl")
     assert read_corpus(tmp_path / "corpus.jsonl") == documents

@@ -19,15 +19,15 @@ from deepfusion.learning.choices import encode_pair, judge_choices, log_likeliho
 from deepfusion.learning.metrics import evaluate_model
 from deepfusion.models.loading import load_model, load_tokenizer
 from deepfusion.models.presets import resolve
-from deepfusion.text.sources import Example, load_source
+from deepfusion.text.sources import Document, load_source
 
 STORED = json.loads((Path(__file__).parent / "data" / "lm_eval_choices.json").read_text("utf-8"))
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "lm_eval_choices.py"
 
 
-def question(row: dict[str, Any]) -> Example:
+def question(row: dict[str, Any]) -> Document:
     options = tuple(f" {choice}" for choice in row["choices"])
-    return Example(row["prompt"], options[row["answer"]], "quiz", options, row["answer"])
+    return Document(row["prompt"], options[row["answer"]], "quiz", options, row["answer"])
 
 
 def harness(folder: Path) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def test_is_the_definition(tokenizer: PreTrainedTokenizerFast, prompt: str, choi
             continue  # rounding may decide
         best = int(ranked.argmax())
         for answer in range(len(options)):
-            asked = [Example(prompt, options[answer], "quiz", options, answer)]
+            asked = [Document(prompt, options[answer], "quiz", options, answer)]
             assert getattr(judge_choices(model, tokenizer, asked, batch_size=batch_size)[0], key) == (answer == best)
 
 
@@ -106,7 +106,7 @@ def test_equal_options_choose_the_first(tokenizer: PreTrainedTokenizerFast) -> N
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    asked = [Example("Which?", " Q", "quiz", (" Q", " Z", " X"), answer) for answer in (0, 1, 2, 0)]
+    asked = [Document("Which?", " Q", "quiz", (" Q", " Z", " X"), answer) for answer in (0, 1, 2, 0)]
     assert [tuple(verdict) for verdict in judge_choices(model, tokenizer, asked, batch_size=3)] == [
         (True, True), (False, False), (False, False), (True, True),
     ]  # fmt: skip
@@ -119,7 +119,7 @@ def test_characters_of_the_choice_decide_where_bytes_would_not(tokenizer: PreTra
         for parameter in model.parameters():
             parameter.zero_()
     options = (" 日本", " abcd", " ab")
-    asked = [Example("Which?", option, "quiz", options, place) for place, option in enumerate(options)]
+    asked = [Document("Which?", option, "quiz", options, place) for place, option in enumerate(options)]
     tokens = np.array([len(encode_pair(tokenizer, "Which?", option)[1]) for option in options])
     per_character = (-tokens / np.array([2, 4, 2])).argmax()
     per_byte = (-tokens / np.array([7, 5, 3])).argmax()
@@ -130,7 +130,7 @@ def test_characters_of_the_choice_decide_where_bytes_would_not(tokenizer: PreTra
 
 
 def test_absent_without_options(tokenizer: PreTrainedTokenizerFast) -> None:
-    model, plain = make_model("gpt2").eval(), Example("", "one two three", "numbers")
+    model, plain = make_model("gpt2").eval(), Document("", "one two three", "numbers")
     found = evaluate_model(model, tokenizer, [plain])
     assert (found["acc"], found["acc_norm"], found["mean_over_domains"]["acc"]) == (None, None, None)
     mixed = evaluate_model(model, tokenizer, [plain, question(STORED["questions"][0])])
@@ -141,6 +141,6 @@ def test_absent_without_options(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_questions_of_files_are_asked_as_the_harness_would(tmp_path: Path) -> None:
     row = {"question": "Which vitamin prevents scurvy?", "options": ["A", "B", "C"], "answer": "C"}
     (tmp_path / "quiz.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
-    example = load_source(str(tmp_path / "quiz.jsonl"))[0]
-    assert not example.prompt[-1].isspace()
-    assert all(option.startswith(" ") and not option.startswith("  ") for option in example.options)
+    document = load_source(str(tmp_path / "quiz.jsonl"))[0]
+    assert not document.prompt[-1].isspace()
+    assert all(option.startswith(" ") and not option.startswith("  ") for option in document.options)

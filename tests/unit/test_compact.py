@@ -21,7 +21,7 @@ from deepfusion.models.compact import BLOCK, decode, encode, open_base, pack, st
 from deepfusion.models.loading import load_model
 from deepfusion.stages import evaluate
 from deepfusion.stages.device import train_device
-from deepfusion.text.rows import Example
+from deepfusion.text.rows import Document
 from deepfusion.text.sources import write_jsonl
 from deepfusion.uploads.card import read_card, write_card
 from deepfusion.uploads.check import check_upload
@@ -112,7 +112,7 @@ def test_any_codes_decode_to_finite_values(raw: bytes, scale: float) -> None:
 def trained(base: Path, out: Path, **device: Any) -> None:
     """A device that trains two steps on a few sentences."""
     config = parse_config({"precision": "fp32", "device": {"steps": 2, "batch_size": 2, **device}})
-    texts = [Example("", f"the cat sat on the mat and ran over the hill {number}", "") for number in range(6)]
+    texts = [Document("", f"the cat sat on the mat and ran over the hill {number}", "") for number in range(6)]
     train_device(config, DeviceSpec(id=out.name, type=str(base)), texts[1:], texts[:1], out, out.with_name("work"))
 
 
@@ -182,7 +182,7 @@ def test_a_compact_upload_is_measured_as_the_model_that_it_stands_for(tmp_path: 
     model.save_pretrained(uploads / "d1")
     save_tokenizer(uploads / "d1")
     write_card(uploads / "d1", read_card(uploads / "d0").model_copy(update={"device": "d1", "encoding": "weights"}))
-    write_jsonl([Example("", f"the cat ran over hill {number}", "animals") for number in range(8)], tmp_path / "test.jsonl")
+    write_jsonl([Document("", f"the cat ran over hill {number}", "animals") for number in range(8)], tmp_path / "test.jsonl")
     (tmp_path / "registry.json").write_text(json.dumps([{"device": name, "type": "gpt2"} for name in ("d0", "d1")]))
     config = Config.model_validate({"jobs": 1, "precision": "fp32", "data": {"test": str(tmp_path / "test.jsonl")}})
     evaluate.run(config, {"uploads": uploads, "registry": tmp_path / "registry.json"}, tmp_path / "out")

@@ -15,7 +15,7 @@ from conftest import overlay, sentences, small_settings, write_config, write_row
 from deepfusion.config import Config, load_config
 from deepfusion.errors import InputError
 from deepfusion.learning.corpus import (
-    Document,
+    Window,
     assign_teachers,
     build_corpus,
     read_corpus,
@@ -24,7 +24,7 @@ from deepfusion.learning.corpus import (
     sample_texts,
     write_corpus,
 )
-from deepfusion.text.rows import Example
+from deepfusion.text.rows import Document
 from deepfusion.text.splits import make_splits
 
 
@@ -54,18 +54,18 @@ def config(zoo: dict[str, Path], folder: Path, public: list[str]) -> Config:
 
 def test_teacher_is_the_proxy_that_knows_the_text(zoo, proxies, tmp_path):
     documents = [
-        Document(Example("", row["text"], "?"), "public")
+        Window(Document("", row["text"], "?"), "public")
         for domain in ("finance", "cooking")
         for row in sentences(domain, 10, seed=7)
     ]
     found = assign_teachers(documents, proxies, config(zoo, tmp_path, ["in_domain"]))
     assert [document.teacher for document in found] == [0] * 10 + [1] * 10
-    assert [(d.example, d.source) for d in found] == [(d.example, d.source) for d in documents]
+    assert [(d.document, d.source) for d in found] == [(d.document, d.source) for d in documents]
 
 
 def test_known_teachers_are_kept(zoo, proxies, tmp_path):
-    cooking = Example("", sentences("cooking", 1)[0]["text"], "?")
-    documents = [Document(cooking, "sampled", 0), Document(cooking, "public")]
+    cooking = Document("", sentences("cooking", 1)[0]["text"], "?")
+    documents = [Window(cooking, "sampled", 0), Window(cooking, "public")]
     found = assign_teachers(documents, proxies, config(zoo, tmp_path, ["in_domain"]))
     assert [document.teacher for document in found] == [0, 1]
 
@@ -76,12 +76,12 @@ def test_samples_know_their_proxy_and_are_drawn_once(zoo, proxies, tmp_path):
     assert {document.source for document in found} == {"sampled"}
     for number in (0, 1):
         texts = json.loads((tmp_path / f"sampled-{number}.json").read_text("utf-8"))
-        own = "".join(document.example.text for document in found if document.teacher == number)
+        own = "".join(document.document.text for document in found if document.teacher == number)
         assert len(texts) == 5
         assert own == "".join(texts)
     (tmp_path / "sampled-1.json").write_text(json.dumps(["kept from an earlier attempt"]))
     again = build_corpus(settings, make_splits(settings), proxies, tmp_path)
-    assert [d.example.text for d in again if d.teacher == 1] == ["kept from an earlier attempt"]
+    assert [d.document.text for d in again if d.teacher == 1] == ["kept from an earlier attempt"]
 
 
 @given(st.integers(1, 500), st.lists(st.integers(0, 1000), min_size=1, max_size=20))
@@ -99,7 +99,7 @@ def test_proxies_that_are_best_nowhere_write_no_samples(each, taught):
 
 @given(st.integers(0, 200), st.integers(1, 800), st.floats(0.05, 1))
 def test_samples_are_read_no_more_often_than_their_share(real, sampled, share):
-    documents = [Document(Example("", "text", "?"), source, 0) for source in ["public"] * real + ["sampled"] * sampled]
+    documents = [Window(Document("", "text", "?"), source, 0) for source in ["public"] * real + ["sampled"] * sampled]
     periods = reading_periods(documents, share)
     assert periods[:real] == [1] * real
     assert len(set(periods[real:])) == 1
@@ -114,7 +114,7 @@ def test_samples_are_read_no_more_often_than_their_share(real, sampled, share):
 def test_samples_follow_the_seed_and_hold_what_their_proxy_knows(zoo, proxies, tmp_path):
     first, second, other = (sample_texts(proxies[0], 6, 96, seed, "fp32") for seed in (1, 1, 2))
     assert first == second != other
-    documents = [Document(Example("", text, "?"), "public") for text in first + other]
+    documents = [Window(Document("", text, "?"), "public") for text in first + other]
     found = assign_teachers(documents, proxies, config(zoo, tmp_path, ["in_domain"]))
     assert [document.teacher for document in found] == [0] * len(documents)
 
@@ -124,10 +124,10 @@ def test_mixture_is_cut_into_windows(zoo, proxies, tmp_path):
     settings = config(zoo, tmp_path, ["in_domain", str(long), "sampled"])
     splits = make_splits(settings)
     found = build_corpus(settings, splits, proxies, tmp_path)
-    assert all(len(document.example.text) <= settings.data.max_chars for document in found)
-    public = "".join(document.example.text for document in found if document.source == "public")
-    assert "".join(example.text for example in splits.public if not example.prompt)[:50] in public
-    assert all(example.text not in public for example in splits.test)
+    assert all(len(document.document.text) <= settings.data.max_chars for document in found)
+    public = "".join(document.document.text for document in found if document.source == "public")
+    assert "".join(document.text for document in splits.public if not document.prompt)[:50] in public
+    assert all(document.text not in public for document in splits.test)
     assert all(document.teacher in (0, 1) for document in found)
 
 
@@ -139,8 +139,8 @@ def test_no_text_at_all(zoo, proxies, tmp_path):
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 DOCUMENTS = st.builds(
-    Document,
-    st.builds(Example, TEXT, TEXT, TEXT),
+    Window,
+    st.builds(Document, TEXT, TEXT, TEXT),
     st.sampled_from(["public", "generic", "sampled"]),
     st.none() | st.integers(0, 99),
 )

@@ -23,10 +23,10 @@ from deepfusion.names import is_device_id
 from deepfusion.text.encoding import encode
 from deepfusion.text.overlap import overlap
 from deepfusion.text.partition import partition
-from deepfusion.text.rows import Example
+from deepfusion.text.rows import Document
 from deepfusion.text.sources import write_jsonl
 from deepfusion.text.splits import Splits, make_splits
-from deepfusion.text.windows import say_cut, windows
+from deepfusion.text.windows import cut_windows, say_cut
 
 WORDS = st.lists(st.text("ab é\n", max_size=9), max_size=60).map(" ".join)
 
@@ -37,33 +37,33 @@ WORDS = st.lists(st.text("ab é\n", max_size=9), max_size=60).map(" ".join)
 @settings(deadline=None)
 @given(WORDS, WORDS.filter(str.strip), st.integers(8, 64))
 def test_windows_hold_the_whole_completion_once(prompt: str, completion: str, max_chars: int) -> None:
-    example = Example(prompt, completion, "d")
-    cut = windows(example, max_chars)
+    document = Document(prompt, completion, "d")
+    cut = cut_windows(document, max_chars)
     assert "".join(window.completion for window in cut) == completion
     assert all(0 < len(window.text) <= max_chars and window.completion for window in cut)
     assert prompt.endswith(cut[0].prompt)
     assert not any(window.prompt for window in cut[1:])
-    assert len(example.text) > max_chars or cut == [example]
+    assert len(document.text) > max_chars or cut == [document]
 
 
 @settings(deadline=None)
 @given(WORDS, WORDS.filter(str.strip), st.integers(8, 64))
 def test_a_prompt_that_loses_its_beginning_is_told(prompt: str, completion: str, max_chars: int) -> None:
-    example = Example(prompt, completion, "d")
+    document = Document(prompt, completion, "d")
     progress._said.clear()
     with redirect_stderr(StringIO()) as told:
-        say_cut([example, Example("", "x" * 999, "d")], max_chars)
-    lost = windows(example, max_chars)[0].prompt != prompt
+        say_cut([document, Document("", "x" * 999, "d")], max_chars)
+    lost = cut_windows(document, max_chars)[0].prompt != prompt
     assert ("1 of 2 documents are longer" in told.getvalue()) == lost
 
 
 def test_a_short_completion_keeps_the_end_of_its_prompt_and_its_options() -> None:
-    example = Example("one two three four five", " B. no", "d", (" A. so", " B. no"), 1)
-    assert windows(example, 20) == [Example("four five", " B. no", "d", (" A. so", " B. no"), 1)]
+    document = Document("one two three four five", " B. no", "d", (" A. so", " B. no"), 1)
+    assert cut_windows(document, 20) == [Document("four five", " B. no", "d", (" A. so", " B. no"), 1)]
 
 
 def test_a_long_completion_is_cut_at_whitespace() -> None:
-    cut = windows(Example("why is that so?", " one two three four five", "d", (" x", " y"), 0), 16)
+    cut = cut_windows(Document("why is that so?", " one two three four five", "d", (" x", " y"), 0), 16)
     assert [(window.prompt, window.completion) for window in cut] == [
         ("that so?", " one two"),
         ("", " three four five"),
@@ -72,7 +72,7 @@ def test_a_long_completion_is_cut_at_whitespace() -> None:
 
 
 def test_a_word_longer_than_the_window_is_cut_inside() -> None:
-    assert [window.completion for window in windows(Example("", "x" * 10, "d"), 4)] == ["xxxx", "xxxx", "xx"]
+    assert [window.completion for window in cut_windows(Document("", "x" * 10, "d"), 4)] == ["xxxx", "xxxx", "xx"]
 
 
 # Partition
@@ -90,21 +90,21 @@ def test_every_document_goes_to_exactly_one_device_and_none_is_empty(
     domains: list[str], devices: int, scheme: Any, alpha: float, seed_and_least: tuple[int, int]
 ) -> None:
     seed, least = seed_and_least
-    examples = [Example("", f"{number}", domain) for number, domain in enumerate(domains)]
-    if len(examples) < devices:
+    documents = [Document("", f"{number}", domain) for number, domain in enumerate(domains)]
+    if len(documents) < devices:
         with pytest.raises(InputError, match="fewer devices"):
-            partition(examples, devices, scheme, alpha, seed)
+            partition(documents, devices, scheme, alpha, seed)
         return
-    parts = partition(examples, devices, scheme, alpha, seed, least=least)
+    parts = partition(documents, devices, scheme, alpha, seed, least=least)
     assert len(parts) == devices
-    assert sorted(example.text for part in parts for example in part) == sorted(example.text for example in examples)
-    assert min(map(len, parts)) >= min(least, len(examples) // devices)
-    assert parts == partition(examples, devices, scheme, alpha, seed, least=least)
+    assert sorted(document.text for part in parts for document in part) == sorted(document.text for document in documents)
+    assert min(map(len, parts)) >= min(least, len(documents) // devices)
+    assert parts == partition(documents, devices, scheme, alpha, seed, least=least)
 
 
-def three_domains() -> list[Example]:
+def three_domains() -> list[Document]:
     return [
-        Example("", f"{domain}{number}", domain)
+        Document("", f"{domain}{number}", domain)
         for domain, count in {"a": 300, "b": 100, "c": 95, "z": 5}.items()
         for number in range(count)
     ]
@@ -112,10 +112,10 @@ def three_domains() -> list[Example]:
 
 def test_by_domain_gives_a_device_one_domain_in_proportion() -> None:
     parts = partition(three_domains(), 10, "by_domain", 2.0, 0, least=8)
-    homes = Counter(Counter(example.domain for example in part).most_common(1)[0][0] for part in parts)
+    homes = Counter(Counter(document.domain for document in part).most_common(1)[0][0] for part in parts)
     assert homes == {"a": 6, "b": 2, "c": 2}
     # Five documents are too few for a device of 8, so they join the smallest.
-    assert sum(len({example.domain for example in part}) > 1 for part in parts) == 1
+    assert sum(len({document.domain for document in part}) > 1 for part in parts) == 1
     assert len({len(part) for part in parts}) > 5
 
 
@@ -138,7 +138,7 @@ def test_alpha_sets_how_uneven_devices_are() -> None:
 
 
 def documents(path: Path, name: str, count: int, start: int = 0) -> str:
-    write_jsonl([Example("", f"{name} document number {n}", name) for n in range(start, start + count)], path / f"{name}.jsonl")
+    write_jsonl([Document("", f"{name} document number {n}", name) for n in range(start, start + count)], path / f"{name}.jsonl")
     return str(path / f"{name}.jsonl")
 
 
@@ -146,8 +146,8 @@ def split(data: dict[str, Any], devices: Any = 4, seed: int = 0) -> Splits:
     return make_splits(Config.model_validate({"seed": seed, "devices": devices, "data": data}))
 
 
-def ids(examples: list[Example]) -> set[str]:
-    return {example.id for example in examples}
+def ids(documents: list[Document]) -> set[str]:
+    return {document.id for document in documents}
 
 
 def check(splits: Splits) -> None:
@@ -189,7 +189,7 @@ def test_a_device_for_every_file(tmp_path: Path) -> None:
     check(splits)
     assert [(device.id, device.data) for device in splits.devices] == [("bank", second), ("ward", first)]
     for name, part in splits.private.items():
-        assert {example.domain for example in part} == {name}
+        assert {document.domain for document in part} == {name}
 
 
 def test_devices_are_called_as_their_files_and_never_two_alike(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_listed_devices_share_their_sources_unevenly(tmp_path: Path) -> None:
     splits = split({"private": pool}, devices)
     check(splits)
     assert [device.id for device in splits.devices] == ["x", "d00", "d01", "d02"]
-    domains = [{example.domain for example in part} for part in splits.private.values()]
+    domains = [{document.domain for document in part} for part in splits.private.values()]
     assert domains == [{"alpha"}, {"alpha", "beta"}, {"gamma"}, {"gamma"}]
     assert abs(len(splits.private["x"]) - sum(e.domain == "alpha" for e in splits.private["d00"])) > 5
 
@@ -225,7 +225,7 @@ def test_listed_devices_share_their_sources_unevenly(tmp_path: Path) -> None:
 def test_a_test_file_is_taken_out_of_everything(tmp_path: Path) -> None:
     source = documents(tmp_path, "alpha", 100)
     public, generic = documents(tmp_path, "public", 50), documents(tmp_path, "generic", 50)
-    seen = [Example("", f"{name.upper()}  document number {n}", "t") for name in ("alpha", "public", "generic") for n in range(10)]
+    seen = [Document("", f"{name.upper()}  document number {n}", "t") for name in ("alpha", "public", "generic") for n in range(10)]
     write_jsonl(seen, tmp_path / "test.jsonl")
     data = {
         "private": source,
@@ -237,15 +237,15 @@ def test_a_test_file_is_taken_out_of_everything(tmp_path: Path) -> None:
     check(splits)
     assert splits.test == seen
     assert len(splits.generic) == 40
-    assert Counter(example.domain for example in splits.public) == {"alpha": round(0.15 * 90), "public": 40}
+    assert Counter(document.domain for document in splits.public) == {"alpha": round(0.15 * 90), "public": 40}
 
 
 def test_no_window_of_a_test_document_reaches_a_device_or_the_server(tmp_path: Path) -> None:
-    long = [Example("", " ".join(f"w{n}x{k}" for k in range(200)), "long") for n in range(40)]
+    long = [Document("", " ".join(f"w{n}x{k}" for k in range(200)), "long") for n in range(40)]
     write_jsonl(long, tmp_path / "long.jsonl")
     splits = split({"private": str(tmp_path / "long.jsonl")})
     others = [e for parts in (splits.private, splits.held_out) for part in parts.values() for e in part] + splits.public
-    assert not {w.text for e in splits.test for w in windows(e, 128)} & {w.text for e in others for w in windows(e, 128)}
+    assert not {w.text for e in splits.test for w in cut_windows(e, 128)} & {w.text for e in others for w in cut_windows(e, 128)}
     assert overlap(splits.test, others) == 0.0
 
 
@@ -255,9 +255,9 @@ def test_variants_in_case_and_spacing_are_kept_and_stay_on_one_side(
     monkeypatch.setattr(progress, "_said", set())
     texts = [f"Poem number {number}" for number in range(60)]
     variants = [text.upper() for text in texts[:20]] + [text.replace(" ", "\n") for text in texts[10:30]]
-    write_jsonl([Example("", text, "d") for text in [*texts, *variants]], tmp_path / "a.jsonl")
+    write_jsonl([Document("", text, "d") for text in [*texts, *variants]], tmp_path / "a.jsonl")
     write_jsonl(
-        [Example("", text, "d") for text in ["another", "again", "Poem  number 3", *map(str, range(9))]], tmp_path / "b.jsonl"
+        [Document("", text, "d") for text in ["another", "again", "Poem  number 3", *map(str, range(9))]], tmp_path / "b.jsonl"
     )
     splits = split(
         {"private": [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], "test": 0.2, "public_fraction": 0.2}, devices=1
@@ -269,8 +269,8 @@ def test_variants_in_case_and_spacing_are_kept_and_stay_on_one_side(
 
 
 def test_a_document_of_two_sources_belongs_to_the_first(tmp_path: Path) -> None:
-    write_jsonl([Example("", f"text {n}", "d") for n in range(60)], tmp_path / "a.jsonl")
-    write_jsonl([Example("", f"TEXT {n}", "d") for n in range(30, 90)], tmp_path / "b.jsonl")
+    write_jsonl([Document("", f"text {n}", "d") for n in range(60)], tmp_path / "a.jsonl")
+    write_jsonl([Document("", f"TEXT {n}", "d") for n in range(30, 90)], tmp_path / "b.jsonl")
     splits = split({"private": [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]})
     check(splits)
     assert len(splits.test) == 6 + 3
@@ -322,45 +322,45 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def test_tokens_cover_the_text_and_weigh_the_completion(
     tokenizer: PreTrainedTokenizerFast, prompt: str, completion: str, prompt_weight: float
 ) -> None:
-    example = Example(prompt, completion, "d")
-    tokens = encode(tokenizer, example, prompt_weight)
+    document = Document(prompt, completion, "d")
+    tokens = encode(tokenizer, document, prompt_weight)
     assert (tokens.input_ids.dtype, tokens.offsets.dtype, tokens.weights.dtype) == (np.int64, np.int32, np.float32)
     assert len(tokens.input_ids) == len(tokens.offsets) == len(tokens.weights)
     assert tokens.input_ids[[0, -1]].tolist() == [tokenizer.bos_token_id, tokenizer.eos_token_id]
-    assert tokens.offsets[[0, -1]].tolist() == [[0, 0], [len(example.text)] * 2]
+    assert tokens.offsets[[0, -1]].tolist() == [[0, 0], [len(document.text)] * 2]
     assert tokens.weights[[0, -1]].tolist() == [0.0, 1.0]
     covered = {place for start, end in tokens.offsets for place in range(start, end)}
-    assert covered == set(range(len(example.text)))
+    assert covered == set(range(len(document.text)))
     for (_, end), weight in zip(tokens.offsets[1:-1], tokens.weights[1:-1], strict=True):
         assert weight == (1.0 if end > len(prompt) else prompt_weight)
-    assert tokenizer.decode(tokens.input_ids[1:-1]) == example.text
+    assert tokenizer.decode(tokens.input_ids[1:-1]) == document.text
 
 
 def test_a_token_across_the_border_belongs_to_the_completion(tokenizer: PreTrainedTokenizerFast) -> None:
-    whole = encode(tokenizer, Example("Answer: y", "es", "d"), add_end=False)
+    whole = encode(tokenizer, Document("Answer: y", "es", "d"), add_end=False)
     assert whole.offsets[-1].tolist() == [7, 11]
     assert whole.weights.tolist() == [0.0] * (len(whole.weights) - 1) + [1.0]
 
 
 def test_long_sequences_are_cut_on_the_right(tokenizer: PreTrainedTokenizerFast) -> None:
-    example = Example("Answer:", " yes or no", "d")
-    whole, cut = encode(tokenizer, example), encode(tokenizer, example, max_tokens=3)
+    document = Document("Answer:", " yes or no", "d")
+    whole, cut = encode(tokenizer, document), encode(tokenizer, document, max_tokens=3)
     assert all(np.array_equal(part[:3], short) for part, short in zip(whole, cut, strict=True))
 
 
 def test_the_end_mark_starts_texts_of_tokenizers_without_a_start_mark(tokenizer: PreTrainedTokenizerFast) -> None:
     backend = tokenizer.backend_tokenizer
     without_start = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    assert encode(without_start, Example("", "yes", "d")).input_ids[0] == without_start.eos_token_id
+    assert encode(without_start, Document("", "yes", "d")).input_ids[0] == without_start.eos_token_id
     with pytest.raises(InputError, match="no end-of-text token"):
-        encode(PreTrainedTokenizerFast(tokenizer_object=backend), Example("", "yes", "d"))
+        encode(PreTrainedTokenizerFast(tokenizer_object=backend), Document("", "yes", "d"))
 
 
 def test_slow_tokenizers_are_refused(tmp_path: Path) -> None:
     from transformers import CanineTokenizer
 
     with pytest.raises(InputError, match="character offsets"):
-        encode(CanineTokenizer(), Example("", "yes", "d"))
+        encode(CanineTokenizer(), Document("", "yes", "d"))
 
 
 # Reading order
@@ -407,14 +407,14 @@ def test_nothing_to_read_is_an_error() -> None:
 
 def test_overlap_counts_verbatim_runs_of_words() -> None:
     text = " ".join(f"w{n}" for n in range(20))
-    examples = [Example("", text, "d")]
-    assert overlap(examples, [Example("so it is: " + text, " and on", "d")]) == 1.0
-    assert overlap(examples, [Example("", text.replace("w10 ", ""), "d")]) == 0.0
+    documents = [Document("", text, "d")]
+    assert overlap(documents, [Document("so it is: " + text, " and on", "d")]) == 1.0
+    assert overlap(documents, [Document("", text.replace("w10 ", ""), "d")]) == 0.0
     # 8 runs of 13 words; w0 to w13 hold two of them.
-    assert overlap(examples, [Example("", " ".join(text.split()[:14]), "d")]) == 2 / 8
-    assert overlap([Example("", "a short one", "d")], [Example("", "not a  short one here", "d")]) == 1.0
-    assert overlap([Example("", "a short one", "d")], [Example("", "a short-one", "d")]) == 0.0
-    assert overlap([], examples) == 0.0
+    assert overlap(documents, [Document("", " ".join(text.split()[:14]), "d")]) == 2 / 8
+    assert overlap([Document("", "a short one", "d")], [Document("", "not a  short one here", "d")]) == 1.0
+    assert overlap([Document("", "a short one", "d")], [Document("", "a short-one", "d")]) == 0.0
+    assert overlap([], documents) == 0.0
 
 
 @given(st.integers(1, 500), st.floats(0.1, 20), st.integers(1, 300), st.integers(1, 16))

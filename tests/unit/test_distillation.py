@@ -15,22 +15,22 @@ from conftest import sentences
 from deepfusion import progress
 from deepfusion.config import VAASection, parse_config
 from deepfusion.errors import InputError
-from deepfusion.learning.corpus import Document
+from deepfusion.learning.corpus import Window
 from deepfusion.learning.distillation import Collator, Distiller, LossWeights, Teacher
 from deepfusion.models.loading import load_model, load_tokenizer
 from deepfusion.stages import distill
 from deepfusion.text.encoding import encode
-from deepfusion.text.rows import Example, Turn, conversation
+from deepfusion.text.rows import Document, Turn, conversation
 
 CPU = torch.device("cpu")
 VAA = VAASection(patches=8, width=8, heads=2)
 
 
-def documents(*teachers: int | None) -> list[Document]:
+def documents(*teachers: int | None) -> list[Window]:
     """Texts of different lengths, some with a prompt."""
     rows = [row["text"] for domain in ("finance", "cooking") for row in sentences(domain, 3)]
-    examples = [Example(row[:cut], row[cut : cut + 50], "d") for row, cut in zip(rows, (0, 10, 0, 25, 3, 0), strict=True)]
-    return [Document(example, "public", teacher) for example, teacher in zip(examples, teachers, strict=False)]
+    documents = [Document(row[:cut], row[cut : cut + 50], "d") for row, cut in zip(rows, (0, 10, 0, 25, 3, 0), strict=True)]
+    return [Window(document, "public", teacher) for document, teacher in zip(documents, teachers, strict=False)]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def distiller(
     return module, Collator(tokenizer, guides, 0.5, 128, vaa)
 
 
-def step(module: Distiller, collator: Collator, batch: list[Document]) -> dict[str, Any]:
+def step(module: Distiller, collator: Collator, batch: list[Window]) -> dict[str, Any]:
     return module(**collator(batch))
 
 
@@ -57,14 +57,14 @@ def test_cross_entropy_alone_is_the_weighted_mean_over_tokens(student_folder):
     found = step(module, collator, batch)
     total, weight = torch.tensor(0.0), 0.0
     for document in batch:
-        encoded = encode(collator.tokenizer, document.example, 0.5)
+        encoded = encode(collator.tokenizer, document.document, 0.5)
         ids = torch.tensor(encoded.input_ids)[None]
         losses = F.cross_entropy(module.student(ids).logits[0, :-1], ids[0, 1:], reduction="none")
         target_weights = torch.tensor(encoded.weights[1:])
         total, weight = total + (losses * target_weights).sum(), weight + float(target_weights.sum())
     torch.testing.assert_close(found["loss"], total / weight)
     torch.testing.assert_close(found["ce"], found["loss"])
-    assert int(found["tokens"]) == sum(len(encode(collator.tokenizer, d.example).input_ids) for d in batch)
+    assert int(found["tokens"]) == sum(len(encode(collator.tokenizer, d.document).input_ids) for d in batch)
 
 
 def test_a_teacher_equal_to_the_student_leaves_no_divergence(student_folder):
@@ -77,10 +77,10 @@ def test_a_teacher_equal_to_the_student_leaves_no_divergence(student_folder):
 CHAT = "{% for m in messages %}{{ eos_token + m['role'] + '\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
 
 
-def chats(*teachers: int | None) -> list[Document]:
+def chats(*teachers: int | None) -> list[Window]:
     pairs = [("Why?", "The bank sold a ten year bond."), ("And the cook?", "Salted ripe tomatoes with olive oil.")]
     turns = [turn for asked, said in pairs for turn in (Turn("user", asked), Turn("assistant", said, True))]
-    return [Document(conversation(turns[:end], "d"), "public", teacher) for end, teacher in zip((4, 2, 4), teachers, strict=False)]
+    return [Window(conversation(turns[:end], "d"), "public", teacher) for end, teacher in zip((4, 2, 4), teachers, strict=False)]
 
 
 def test_conversations_are_read_by_student_and_teacher_each_in_its_own_template(zoo, student_folder, tmp_path):
@@ -152,7 +152,7 @@ def test_mixed_batch_is_the_mean_of_its_groups(zoo, student_folder, vaa):
     shares = 0.0
     for wanted in ([0], [1], [None, 7]):
         part = [document for document in batch if document.teacher in wanted]
-        share = float(sum(encode(collator.tokenizer, d.example, 0.5).weights[1:].sum() for d in part))
+        share = float(sum(encode(collator.tokenizer, d.document, 0.5).weights[1:].sum() for d in part))
         shares += share
         for key, value in step(module, collator, part).items():
             mean[key] = mean.get(key, torch.tensor(0.0)) + share * value
@@ -197,7 +197,7 @@ def test_contexts_limit_what_is_read(zoo, student_folder):
     module, collator = distiller(student_folder, {0: zoo["mini-gpt2"], 1: student_folder}, LossWeights(beta=1.0, alpha=0.1), VAA)
     long = " ".join(row["text"] for row in sentences("cooking", 40))
     for teacher in (0, 1):
-        found = step(module, collator, [Document(Example("", long, "d"), "public", teacher), *documents(teacher)])
+        found = step(module, collator, [Window(Document("", long, "d"), "public", teacher), *documents(teacher)])
         assert found["loss"].isfinite()
         assert int(found["tokens"]) <= 256
 
@@ -206,7 +206,7 @@ def test_padding_changes_nothing(zoo, student_folder):
     module, collator = distiller(student_folder, {0: zoo["mini-llama"]}, LossWeights(beta=1.0, chunk=0.1))
     short, other = documents(0, 0)
     alone = [step(module, collator, [document]) for document in (short, other)]
-    weights = [float(encode(collator.tokenizer, d.example, 0.5).weights[1:].sum()) for d in (short, other)]
+    weights = [float(encode(collator.tokenizer, d.document, 0.5).weights[1:].sum()) for d in (short, other)]
     both = step(module, collator, [short, other])
     torch.testing.assert_close(both["ce"], (alone[0]["ce"] * weights[0] + alone[1]["ce"] * weights[1]) / sum(weights))
 
@@ -230,7 +230,7 @@ def test_text_beyond_the_context_is_not_lost_without_a_word(zoo, student_folder,
     monkeypatch.setattr(progress, "_said", set())
     module, _ = distiller(student_folder, {}, LossWeights())
     tokenizer = load_tokenizer(student_folder)
-    long = Document(Example("", " ".join(row["text"] for row in sentences("finance", 9)), "d"), "private")
+    long = Window(Document("", " ".join(row["text"] for row in sentences("finance", 9)), "d"), "private")
     step(module, Collator(tokenizer, {}, 0.5, 128), documents(None))
     assert "lose their end" not in capsys.readouterr().err
     for _ in range(2):

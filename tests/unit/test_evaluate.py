@@ -17,7 +17,7 @@ from deepfusion.jobs import close_pool
 from deepfusion.learning.metrics import evaluate_model
 from deepfusion.models.loading import load_model, load_tokenizer
 from deepfusion.stages.evaluate import run
-from deepfusion.text.rows import Example
+from deepfusion.text.rows import Document
 from deepfusion.text.sources import write_jsonl
 from deepfusion.text.splits import make_splits
 
@@ -41,8 +41,8 @@ def files(tmp_path: Path) -> list[Path]:
     """One file of documents per domain."""
     paths = []
     for domain, words in DOMAINS.items():
-        examples = [Example(f"Item {i}:", f" {words[i % 3]} and {words[i % 2]} {i}", domain) for i in range(60)]
-        write_jsonl(examples, tmp_path / f"{domain}.jsonl")
+        documents = [Document(f"Item {i}:", f" {words[i % 3]} and {words[i % 2]} {i}", domain) for i in range(60)]
+        write_jsonl(documents, tmp_path / f"{domain}.jsonl")
         paths.append(tmp_path / f"{domain}.jsonl")
     return paths
 
@@ -104,7 +104,7 @@ def test_every_model_is_measured_where_it_should(inputs: dict[str, Path], files:
 def test_best_device_and_members_are_the_best(inputs: dict[str, Path], files: list[Path], tmp_path: Path) -> None:
     config = _config(files)
     found = _evaluation(config, inputs, tmp_path / "out")
-    test = [example for example in make_splits(config).test if example.domain == "animals"]
+    test = [document for document in make_splits(config).test if document.domain == "animals"]
     own = {
         device: evaluate_model(load_model(inputs["uploads"] / device), load_tokenizer(inputs["uploads"] / device), test)
         for device in DEVICES[:2]
@@ -135,7 +135,7 @@ def test_adapter_is_measured_on_the_base_of_its_card(tmp_path: Path, files: list
     only["registry"].write_text(json.dumps([{"device": "d03", "type": "llama"}]))
     config = _config(files)
     found = _evaluation(config, only, tmp_path / "out")["references"]["devices"]["numbers"]
-    test = [example for example in make_splits(config).test if example.domain == "numbers"]
+    test = [document for document in make_splits(config).test if document.domain == "numbers"]
     expected = evaluate_model(meant, load_tokenizer(base), test)
     assert found["log_perplexity"] == pytest.approx(expected["log_perplexity"], rel=1e-4)
 
@@ -160,7 +160,7 @@ def test_worker_processes_change_nothing(inputs: dict[str, Path], files: list[Pa
 
 
 def test_uploads_from_elsewhere_are_tried_on_every_domain(inputs: dict[str, Path], files: list[Path], tmp_path: Path) -> None:
-    test = [Example("", f"{word} and more {i}", domain) for domain, words in DOMAINS.items() for i, word in enumerate(words)]
+    test = [Document("", f"{word} and more {i}", domain) for domain, words in DOMAINS.items() for i, word in enumerate(words)]
     write_jsonl(test, tmp_path / "test.jsonl")
     config = parse_config({"jobs": 1, "precision": "fp32", "data": {"test": str(tmp_path / "test.jsonl")}})
     found = _evaluation(config, inputs, tmp_path / "out")

@@ -23,7 +23,7 @@ from conftest import write_rows
 from deepfusion.errors import InputError
 from deepfusion.judge import PROMPT, Answer, Judge, answer_all, open_questions, parse_prices, parse_score
 from deepfusion.models.loading import load_model, load_tokenizer
-from deepfusion.text.rows import Example
+from deepfusion.text.rows import Document
 
 KEY = "sk-a-secret-that-nobody-may-read"
 
@@ -542,8 +542,8 @@ def test_prices() -> None:
 
 
 def test_only_open_questions_are_asked_and_always_the_same_ones() -> None:
-    chosen = Example("Which?", " A. x", "d", (" A. x", " B. y"), 0)
-    documents = [Example("", "Plain text.", "d"), chosen, *(Example(f"Why {n}?", " So.", "d") for n in range(20))]
+    chosen = Document("Which?", " A. x", "d", (" A. x", " B. y"), 0)
+    documents = [Document("", "Plain text.", "d"), chosen, *(Document(f"Why {n}?", " So.", "d") for n in range(20))]
     assert open_questions(documents) == documents[2:]
     few, more = open_questions(documents, 4), open_questions(documents, 9)
     assert len(few) == 4
@@ -557,7 +557,7 @@ def test_only_open_questions_are_asked_and_always_the_same_ones() -> None:
 def test_answers_do_not_depend_on_their_batch(zoo: dict[str, Path], kind: str) -> None:
     model, tokenizer = load_model(zoo[kind]), load_tokenizer(zoo[kind])
     texts = ["Why?", "The patient was given a low dose of aspirin before the operation. Why?", "The bank sold gold " * 40]
-    questions = [Example(text, " So.", "d") for text in texts]
+    questions = [Document(text, " So.", "d") for text in texts]
     together = answer_all(model, tokenizer, questions, max_tokens=16)
     assert together == [answer_all(model, tokenizer, [one], max_tokens=16)[0] for one in questions]
     assert [answer.question for answer in together] == [text.strip() for text in texts]

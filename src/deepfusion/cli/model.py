@@ -46,21 +46,21 @@ def evaluate(
     from deepfusion.text.sources import load_rows
     from deepfusion.text.windows import say_cut
 
-    examples = load_rows(data)
-    say_cut(examples, max_chars)
+    documents = load_rows(data)
+    say_cut(documents, max_chars)
     referee = None
     if judge is not None:
         from deepfusion.judge import Judge, answer_all, open_questions, parse_prices
 
         prices = None if judge_prices is None else parse_prices(judge_prices)
         referee = Judge(judge, judge_model or "", prices=prices, cache=judge_cache)
-        questions = open_questions(examples, judge_documents)
+        questions = open_questions(documents, judge_documents)
         referee.warn(len(questions))
     elif any(option is not None for option in (judge_model, judge_documents, judge_cache, judge_prices)):
         raise InputError("options of a judge without a judge", fix="add --judge URL", code="bad-input")
     loaded = load_model(resolve(str(model)), "auto")
     tokenizer = load_tokenizer(resolve(str(model)))
-    result = evaluate_model(loaded, tokenizer, examples, batch_size=batch_size, max_chars=max_chars)
+    result = evaluate_model(loaded, tokenizer, documents, batch_size=batch_size, max_chars=max_chars)
     answers = answer_all(loaded, tokenizer, questions, batch_size=batch_size) if referee else []
     result["judge"] = referee.score(answers) if referee else None
     if json_:

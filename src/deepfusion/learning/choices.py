@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from deepfusion.text.sources import Example
+from deepfusion.text.sources import Document
 
 # One [rows, tokens, vocabulary] block of logits holds at most so many numbers (1 GiB in fp32), whatever the batch size.
 LOGITS_PER_FORWARD = 2**28
@@ -27,7 +27,7 @@ class Verdict(NamedTuple):
 def judge_choices(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Example],
+    questions: Sequence[Document],
     *,
     batch_size: int,
 ) -> list[Verdict]:

@@ -22,46 +22,46 @@ from deepfusion.jobs import run_jobs
 from deepfusion.learning.metrics import bits_per_byte_of_each
 from deepfusion.models.loading import context_limit, load_model, load_tokenizer
 from deepfusion.text.overlap import overlap
-from deepfusion.text.rows import Example, from_row, to_row
+from deepfusion.text.rows import Document, from_row, to_row
 from deepfusion.text.splits import Splits
-from deepfusion.text.windows import windows
+from deepfusion.text.windows import cut_windows
 
 SAMPLE_BATCH = 64
 
 
 @dataclass(frozen=True)
-class Document:
+class Window:
     """One window of text to learn from; `teacher` is the number of a proxy, `source` says where the text is from."""
 
-    example: Example
+    document: Document
     source: str
     teacher: int | None = None
 
 
-def build_corpus(config: Config, splits: Splits, proxies: list[Path], work: Path) -> list[Document]:
+def build_corpus(config: Config, splits: Splits, proxies: list[Path], work: Path) -> list[Window]:
     """Gather, cut and assign the public text of a run; `work` keeps what was sampled, for a run that is taken up again.
 
     Raises:
         InputError: nothing is left of the public text that the config asks for.
     """
-    documents: list[Document] = []
-    for source, examples in (("public", splits.public), ("generic", splits.generic)):
-        documents += [Document(piece, source) for example in examples for piece in windows(example, config.data.max_chars)]
-    documents = assign_teachers(documents, proxies, config)
+    windows: list[Window] = []
+    for source, documents in (("public", splits.public), ("generic", splits.generic)):
+        windows += [Window(piece, source) for document in documents for piece in cut_windows(document, config.data.max_chars)]
+    windows = assign_teachers(windows, proxies, config)
     if "sampled" in config.data.public:
-        taught = [sum(d.source == "public" and d.teacher == number for d in documents) for number in range(len(proxies))]
-        documents += _sampled(config, proxies, sample_counts(config.data.sampled_documents, taught), work)
-    if not documents:
+        taught = [sum(d.source == "public" and d.teacher == number for d in windows) for number in range(len(proxies))]
+        windows += _sampled(config, proxies, sample_counts(config.data.sampled_documents, taught), work)
+    if not windows:
         fix = "name a file, generic or sampled"
         raise InputError("there is no public text", where="data.public", fix=fix, code="no-public-text")
-    counts = Counter((d.source, d.teacher) for d in documents)
+    counts = Counter((d.source, d.teacher) for d in windows)
     for (source, teacher), count in sorted(counts.items(), key=str):
         progress.say(f"[distill corpus] {count} windows of {source} text for proxy {teacher}")
-    private = [example for own in splits.private.values() for example in own]
-    for source in sorted({d.source for d in documents} if private else ()):
-        share = overlap((d.example for d in documents if d.source == source), private)
+    private = [document for own in splits.private.values() for document in own]
+    for source in sorted({d.source for d in windows} if private else ()):
+        share = overlap((d.document for d in windows if d.source == source), private)
         progress.say(f"[distill corpus] {share:.2%} of the 13-word runs of {source} text stand verbatim in private text")
-    return documents
+    return windows
 
 
 def sample_counts(each: int, taught: list[int]) -> list[int]:
@@ -79,48 +79,48 @@ def sample_counts(each: int, taught: list[int]) -> list[int]:
     return [share if wanted else 0 for wanted in useful]
 
 
-def assign_teachers(documents: list[Document], proxies: list[Path], config: Config) -> list[Document]:
+def assign_teachers(windows: list[Window], proxies: list[Path], config: Config) -> list[Window]:
     """Give every document that has no teacher the proxy with the fewest bits per byte on it."""
-    open_ = [Example("", d.example.text, d.example.domain) for d in documents if d.teacher is None]
+    open_ = [Document("", d.document.text, d.document.domain) for d in windows if d.teacher is None]
     if not open_:
-        return documents
-    common = {"examples": open_, "precision": config.precision, "batch_size": config.evaluate.batch_size}
+        return windows
+    common = {"documents": open_, "precision": config.precision, "batch_size": config.evaluate.batch_size}
     jobs = [{"folder": proxy, **common} for proxy in proxies]
     scores = torch.tensor(run_jobs(_score, jobs, config.jobs))  # [proxies, documents]
     best = iter(scores.argmin(0).tolist())
-    return [d if d.teacher is not None else Document(d.example, d.source, next(best)) for d in documents]
+    return [d if d.teacher is not None else Window(d.document, d.source, next(best)) for d in windows]
 
 
-def reading_periods(documents: list[Document], sampled_share: float) -> list[int]:
+def reading_periods(windows: list[Window], sampled_share: float) -> list[int]:
     """In every how many-th epoch each document is read (`data.reading_order`).
 
     Samples are read so seldom that they are at most `sampled_share` of what is read, all other text in every epoch.
     Where there is no other text, so are samples.
     """
-    sampled = sum(d.source == "sampled" for d in documents)
-    real = len(documents) - sampled
+    sampled = sum(d.source == "sampled" for d in windows)
+    real = len(windows) - sampled
     period = max(1, math.ceil(sampled * (1 - sampled_share) / (sampled_share * real))) if real else 1
-    return [period if d.source == "sampled" else 1 for d in documents]
+    return [period if d.source == "sampled" else 1 for d in windows]
 
 
-def write_corpus(documents: list[Document], path: Path) -> None:
+def write_corpus(windows: list[Window], path: Path) -> None:
     """JSONL, one document a line: the data format of the project plus `teacher` and `source`."""
     rows = [
-        {key: value for key, value in to_row(d.example).items() if key not in ("options", "answer")}
+        {key: value for key, value in to_row(d.document).items() if key not in ("options", "answer")}
         | {"teacher": d.teacher, "source": d.source}
-        for d in documents
+        for d in windows
     ]
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def read_corpus(path: Path) -> list[Document]:
+def read_corpus(path: Path) -> list[Window]:
     """What `write_corpus` wrote."""
-    documents = []
+    windows = []
     for line in path.read_text("utf-8").split("\n"):
         if line:
             row = json.loads(line)
-            documents.append(Document(from_row(row), row["source"], row["teacher"]))
-    return documents
+            windows.append(Window(from_row(row), row["source"], row["teacher"]))
+    return windows
 
 
 def sample_texts(folder: Path, count: int, max_chars: int, seed: int, precision: str) -> list[str]:
@@ -144,19 +144,19 @@ def sample_texts(folder: Path, count: int, max_chars: int, seed: int, precision:
     return [text for text in (t.strip() for t in texts) if len(text) > 16]
 
 
-def _sampled(config: Config, proxies: list[Path], counts: list[int], work: Path) -> list[Document]:
+def _sampled(config: Config, proxies: list[Path], counts: list[int], work: Path) -> list[Window]:
     asked = [number for number, count in enumerate(counts) if count]
     jobs = [
         {"folder": proxies[number], "count": counts[number], "max_chars": config.data.max_chars,
          "seed": config.seed * 1000 + number, "precision": config.precision, "cache": work / f"sampled-{number}.json"}
         for number in asked
     ]  # fmt: skip
-    documents = []
+    windows = []
     for number, texts in zip(asked, run_jobs(_sample_once, jobs, config.jobs), strict=True):
         for text in texts:
-            pieces = windows(Example("", text, "sampled"), config.data.max_chars)
-            documents += [Document(piece, "sampled", number) for piece in pieces]
-    return documents
+            pieces = cut_windows(Document("", text, "sampled"), config.data.max_chars)
+            windows += [Window(piece, "sampled", number) for piece in pieces]
+    return windows
 
 
 def _sample_once(cache: Path, **arguments: Any) -> list[str]:
@@ -167,6 +167,6 @@ def _sample_once(cache: Path, **arguments: Any) -> list[str]:
     return texts
 
 
-def _score(folder: Path, examples: list[Example], precision: str, batch_size: int) -> list[float]:
+def _score(folder: Path, documents: list[Document], precision: str, batch_size: int) -> list[float]:
     model, tokenizer = load_model(folder, precision).eval(), load_tokenizer(folder)
-    return bits_per_byte_of_each(model, tokenizer, examples, batch_size=batch_size)
+    return bits_per_byte_of_each(model, tokenizer, documents, batch_size=batch_size)

@@ -28,12 +28,12 @@ from deepfusion.learning.align import (
     identity_alignment,
     shared_vocabulary,
 )
-from deepfusion.learning.corpus import Document
+from deepfusion.learning.corpus import Window
 from deepfusion.learning.losses import Projection, TokenLosses, distillation_losses, load_balance
 from deepfusion.learning.vaa import ViewAlignedAttention, span_pooling, stage_ends
 from deepfusion.models.loading import context_limit, load_model, load_tokenizer
 from deepfusion.text.encoding import Encoded, encode
-from deepfusion.text.rows import Example
+from deepfusion.text.rows import Document
 
 
 @dataclass(frozen=True)
@@ -99,17 +99,17 @@ class Collator:
         self.tokenizer, self.teachers, self.vaa = tokenizer, teachers, vaa
         self.prompt_weight, self.max_tokens = prompt_weight, max_tokens
 
-    def __call__(self, documents: Sequence[Document]) -> dict[str, Any]:
-        encoded = [encode(self.tokenizer, d.example, self.prompt_weight, self.max_tokens) for d in documents]
+    def __call__(self, windows: Sequence[Window]) -> dict[str, Any]:
+        encoded = [encode(self.tokenizer, d.document, self.prompt_weight, self.max_tokens) for d in windows]
         if any(len(one.input_ids) == self.max_tokens for one in encoded):
             cut = f"texts of more than {self.max_tokens} tokens, all that the model reads at once, lose their end in training"
             progress.say_once(f"[data] {cut}; a lower data.max_chars cuts them into several")
         input_ids, mask = _pad([e.input_ids for e in encoded], self.tokenizer)
         rows_of: dict[tuple[int | None, bool], list[int]] = {}
-        for row, document in enumerate(documents):
+        for row, document in enumerate(windows):
             teacher = document.teacher if document.teacher in self.teachers else None
             rows_of.setdefault((teacher, document.source == "sampled"), []).append(row)
-        groups = [self._group(*key, rows, documents, encoded, input_ids.shape[1]) for key, rows in rows_of.items()]
+        groups = [self._group(*key, rows, windows, encoded, input_ids.shape[1]) for key, rows in rows_of.items()]
         return {"input_ids": input_ids, "attention_mask": mask, "groups": groups}
 
     def _group(
@@ -117,7 +117,7 @@ class Collator:
         teacher: int | None,
         sampled: bool,
         rows: list[int],
-        documents: Sequence[Document],
+        windows: Sequence[Window],
         encoded: list[Encoded],
         length: int,
     ) -> Group:
@@ -129,9 +129,9 @@ class Collator:
             return Group(None, sampled, index, collate(alignments, weights, length, length))
         guide = self.teachers[teacher]
         limit = context_limit(guide.model)
-        examples = [documents[row].example for row in rows]
-        theirs = [encode(guide.tokenizer, example, 0.0, limit) for example in examples]
-        alignments = [_alignment(guide, *read) for read in zip(examples, own, theirs, strict=True)]
+        documents = [windows[row].document for row in rows]
+        theirs = [encode(guide.tokenizer, document, 0.0, limit) for document in documents]
+        alignments = [_alignment(guide, *read) for read in zip(documents, own, theirs, strict=True)]
         teacher_ids, teacher_mask = _pad([t.input_ids for t in theirs], guide.tokenizer)
         group = Group(
             teacher, sampled, index, collate(alignments, weights, length, teacher_ids.shape[1]), teacher_ids, teacher_mask
@@ -269,10 +269,10 @@ def _named(losses: TokenLosses) -> dict[str, Tensor]:
     return losses._asdict()
 
 
-def _alignment(teacher: Teacher, example: Example, own: Encoded, theirs: Encoded) -> Alignment:
+def _alignment(teacher: Teacher, document: Document, own: Encoded, theirs: Encoded) -> Alignment:
     """A document as the student has read it with the same as the teacher has; a conversation in the words of two chat templates."""
     if own.template != theirs.template:
-        return align_offsets(own.offsets, theirs.offsets, [start - 1 for start, _ in example.contents])
+        return align_offsets(own.offsets, theirs.offsets, [start - 1 for start, _ in document.contents])
     if teacher.vocabulary.identical:
         return identity_alignment(min(len(own.input_ids), len(theirs.input_ids)))
     return align_offsets(own.offsets, theirs.offsets)

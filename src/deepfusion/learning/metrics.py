@@ -20,8 +20,8 @@ from deepfusion.learning.choices import LOGITS_PER_FORWARD, Verdict, judge_choic
 # Of these a plain mean over the domains is taken; of the last three over those that have questions with options.
 from deepfusion.models.loading import context_limit
 from deepfusion.text.encoding import Encoded, encode
-from deepfusion.text.rows import Example
-from deepfusion.text.windows import windows
+from deepfusion.text.rows import Document
+from deepfusion.text.windows import cut_windows
 
 # Of these a plain mean over the domains is taken; of the last three over those that have questions with options.
 AVERAGED = ("log_perplexity", "bits_per_byte", "token_accuracy", "choice_accuracy", "acc", "acc_norm")
@@ -65,7 +65,7 @@ class _Window:
 def evaluate_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    documents: Sequence[Document],
     *,
     batch_size: int = 16,
     max_chars: int = 1024,
@@ -77,7 +77,7 @@ def evaluate_model(
     Args:
         model: any causal language model, in any dtype, on any device; it is left as it was.
         tokenizer: its fast tokenizer.
-        examples: documents; long ones are cut into windows, and none of their completions is left out.
+        documents: documents; long ones are cut into windows, and none of their completions is left out.
         batch_size: windows (or options) per forward pass; fewer where their logits would not fit.
         max_chars: characters per window.
         choices: also score every option of multiple-choice documents.
@@ -92,31 +92,31 @@ def evaluate_model(
         `mean_over_domains`, the plain means of the domains, whatever their numbers of tokens.
 
     Raises:
-        InputError: no examples, no token to count, a number out of its bounds, or a model whose losses are not finite.
+        InputError: no documents, no token to count, a number out of its bounds, or a model whose losses are not finite.
     """
-    _check(examples, batch_size, max_chars)
+    _check(documents, batch_size, max_chars)
     scored: list[_Window] = []
-    for example in examples:
-        scored.extend(_windows(tokenizer, example, max_chars, context_limit(model), choices))
+    for document in documents:
+        scored.extend(_windows(tokenizer, document, max_chars, context_limit(model), choices))
     _score(model, [row for window in scored for row in window.rows], batch_size)
-    asked = [e for e in examples if choices and lm_eval and e.options and e.answer is not None]
+    asked = [e for e in documents if choices and lm_eval and e.options and e.answer is not None]
     verdicts = judge_choices(model, tokenizer, asked, batch_size=batch_size)
-    documents = [example.domain for example in examples]
+    domains = [document.domain for document in documents]
     by_domain = {
         domain: _summary(
             [window for window in scored if window.domain == domain],
-            [verdict for example, verdict in zip(asked, verdicts, strict=True) if example.domain == domain],
-            documents.count(domain),
+            [verdict for document, verdict in zip(asked, verdicts, strict=True) if document.domain == domain],
+            domains.count(domain),
         )
-        for domain in sorted(set(documents))
+        for domain in sorted(set(domains))
     }
     means = {key: _mean([values[key] for values in by_domain.values()]) for key in AVERAGED}
-    return {**_summary(scored, verdicts, len(examples)), "mean_over_domains": means, "by_domain": by_domain}
+    return {**_summary(scored, verdicts, len(documents)), "mean_over_domains": means, "by_domain": by_domain}
 
 
-def _check(examples: Sequence[Example], batch_size: int, max_chars: int = LEAST_CHARS) -> None:
+def _check(documents: Sequence[Document], batch_size: int, max_chars: int = LEAST_CHARS) -> None:
     """Refuse what could not end, or would end in a division by zero."""
-    if not examples:
+    if not documents:
         raise InputError("there is no document to evaluate on", code="no-examples")
     for name, value, least in (("batch_size", batch_size, 1), ("max_chars", max_chars, LEAST_CHARS)):
         if not isinstance(value, int) or value < least:
@@ -130,13 +130,13 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def bits_per_byte_of_each(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, batch_size: int = 16
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], *, batch_size: int = 16
 ) -> list[float]:
-    """Bits per UTF-8 byte of each completion by itself, in the order of `examples`."""
-    if examples:
-        _check(examples, batch_size)
+    """Bits per UTF-8 byte of each completion by itself, in the order of `documents`."""
+    if documents:
+        _check(documents, batch_size)
     limit = context_limit(model)
-    rows = [[row for w in _windows(tokenizer, e, 1 << 30, limit, False) for row in w.rows] for e in examples]
+    rows = [[row for w in _windows(tokenizer, e, 1 << 30, limit, False) for row in w.rows] for e in documents]
     _score(model, [row for own in rows for row in own], batch_size)
     return [sum(r.nats for r in own) / math.log(2) / max(sum(r.size for r in own), 1) for own in rows]
 
@@ -144,7 +144,7 @@ def bits_per_byte_of_each(
 def expert_use(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    documents: Sequence[Document],
     *,
     batch_size: int = 16,
     max_chars: int = 1024,
@@ -158,18 +158,18 @@ def expert_use(
     Raises:
         InputError: no examples, a number out of its bounds, or a model without routers.
     """
-    _check(examples, batch_size, max_chars)
+    _check(documents, batch_size, max_chars)
     rows: dict[str, list[_Row]] = {}
-    for example in examples:
-        for window in _windows(tokenizer, example, max_chars, context_limit(model), choices=False):
+    for document in documents:
+        for window in _windows(tokenizer, document, max_chars, context_limit(model), choices=False):
             rows.setdefault(window.domain, []).extend(window.rows)
     return {domain: _expert_shares(model, rows[domain], batch_size) for domain in sorted(rows)}
 
 
 def _windows(
-    tokenizer: PreTrainedTokenizerBase, example: Example, max_chars: int, limit: int | None, choices: bool
+    tokenizer: PreTrainedTokenizerBase, document: Document, max_chars: int, limit: int | None, choices: bool
 ) -> Iterator[_Window]:
-    for window in windows(example, max_chars):
+    for window in cut_windows(document, max_chars):
         options = window.options if choices and window.answer is not None else ()
         completions = options or (window.completion,)
         answer = window.answer if options and window.answer is not None else 0

@@ -16,7 +16,7 @@ from deepfusion.digests import checkpoint_digest, sha256_file
 from deepfusion.errors import InputError
 from deepfusion.folders import LOCK, local_path, locked, open_work, put, remove, whole_folder, work_key
 from deepfusion.jobs import run_jobs
-from deepfusion.learning.corpus import Document
+from deepfusion.learning.corpus import Window
 from deepfusion.learning.distillation import Collator, Distiller, LossWeights
 from deepfusion.learning.memory import estimate_training_bytes, parse_memory, plan_training
 from deepfusion.learning.metrics import evaluate_model
@@ -31,10 +31,10 @@ from deepfusion.models.signature import type_signature
 from deepfusion.names import check_device_id, device_id
 from deepfusion.report.artefacts import write_transport
 from deepfusion.text.embedding import embed
-from deepfusion.text.rows import Example
+from deepfusion.text.rows import Document
 from deepfusion.text.sources import load_source, local_files, shuffled
 from deepfusion.text.splits import make_splits
-from deepfusion.text.windows import say_cut, windows
+from deepfusion.text.windows import cut_windows, say_cut
 from deepfusion.uploads.card import CARD, Card, check_made, claim_upload, note_made, read_card, write_card
 
 _READ = ("data.max_chars", "data.prompt_loss_weight")  # of the section data, by `train_device`
@@ -95,13 +95,13 @@ def train_alone(config: Config, data: Path, upload: Path, type: str | None, memo
     types = [local_path(name) for name in ([type] if type else config.device.types) if name not in PRESETS]
     name = device_id(upload.resolve().name) if name is None else check_device_id(name)
     upload = claim_upload(upload, [data, *local_files([str(data)]), *(folder for folder in types if folder.is_dir())])
-    documents = load_source(str(data))
-    say_cut(documents, config.data.max_chars)
-    if len(documents) < 2:
+    windows = load_source(str(data))
+    say_cut(windows, config.data.max_chars)
+    if len(windows) < 2:
         raise InputError("one document is not enough: one is held out", where=data, code="too-few-documents")
     if type is None:
-        type = config.device.types[0] if memory is None else _largest(config, memory, documents)
-    order = shuffled(documents, config.seed, "held_out")
+        type = config.device.types[0] if memory is None else _largest(config, memory, windows)
+    order = shuffled(windows, config.seed, "held_out")
     count = max(1, len(order) // 10)
     device = DeviceSpec(id=name, type=type, method=None, data=None, memory=memory)
     key = _request(config, data, device)
@@ -131,10 +131,10 @@ def _request(config: Config, data: Path, device: DeviceSpec) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _largest(config: Config, memory: str, documents: list[Example]) -> str:
+def _largest(config: Config, memory: str, windows: list[Document]) -> str:
     plan = plan_training(
         parse_memory(memory), config.device.types, (config.device.method,), config.device.batch_size,
-        min(max(len(d.text) for d in documents), config.data.max_chars), config.precision,
+        min(max(len(d.text) for d in windows), config.data.max_chars), config.precision,
         config.device.lora_rank,
     )  # fmt: skip
     if plan["chosen"] is None:
@@ -146,7 +146,7 @@ def _largest(config: Config, memory: str, documents: list[Example]) -> str:
 
 
 def train_device(
-    config: Config, device: DeviceSpec, private: list[Example], held_out: list[Example], upload: Path, work: Path
+    config: Config, device: DeviceSpec, private: list[Document], held_out: list[Document], upload: Path, work: Path
 ) -> dict[str, Any]:
     """Train one device and write its upload folder; a finished upload is left alone, an unfinished training goes on.
 
@@ -191,12 +191,12 @@ def train_device(
                 task_type="CAUSAL_LM",
             ),
         )
-    documents = [Document(piece, "private") for example in private for piece in windows(example, config.data.max_chars)]
-    steps = training_steps(config.device.steps, config.device.epochs, len(documents), config.device.batch_size)
-    order = reading_order([len(d.example.text) for d in documents], steps, config.device.batch_size, config.seed)
+    windows = [Window(piece, "private") for document in private for piece in cut_windows(document, config.data.max_chars)]
+    steps = training_steps(config.device.steps, config.device.epochs, len(windows), config.device.batch_size)
+    order = reading_order([len(d.document.text) for d in windows], steps, config.device.batch_size, config.seed)
     train(
         Distiller(student, LossWeights()),
-        [[documents[i] for i in batch] for batch in order],
+        [[windows[i] for i in batch] for batch in order],
         Collator(tokenizer, {}, config.data.prompt_loss_weight, context_limit(student)),
         stage="device",
         unit=f"{name} {Path(device.type).name}",
@@ -286,7 +286,7 @@ def _load_student(base: str, method: str, precision: str, name: str) -> PreTrain
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
-def _loss(model: PreTrainedModel, tokenizer: Any, held_out: list[Example], config: Config) -> float:
+def _loss(model: PreTrainedModel, tokenizer: Any, held_out: list[Document], config: Config) -> float:
     measured = evaluate_model(
         model, tokenizer, held_out, batch_size=config.evaluate.batch_size, max_chars=config.data.max_chars, choices=False
     )

@@ -16,7 +16,7 @@ from deepfusion.config import Config
 from deepfusion.families.moe import check_base
 from deepfusion.folders import remove, whole_folder
 from deepfusion.jobs import run_jobs
-from deepfusion.learning.corpus import Document, build_corpus, read_corpus, reading_periods, write_corpus
+from deepfusion.learning.corpus import Window, build_corpus, read_corpus, reading_periods, write_corpus
 from deepfusion.learning.distillation import Collator, Distiller, LossWeights, Teacher
 from deepfusion.learning.memory import estimate_training_bytes, require_memory
 from deepfusion.learning.order import reading_order
@@ -55,13 +55,13 @@ def run(config: Config, inputs: dict[str, Path], out: Path, method: Callable[...
     branch_steps = (config.distill.steps - trunk_steps) // config.experts
     if trunk_steps:
         trunk = {
-            "config": config, "start": start, "proxies": dict(enumerate(proxies)), "documents": corpus, "steps": trunk_steps,
+            "config": config, "start": start, "proxies": dict(enumerate(proxies)), "windows": corpus, "steps": trunk_steps,
             "train_all": True, "unit": "trunk", "out": bases / "trunk", "work": work / "trunk", "method": method,
         }  # fmt: skip
         run_jobs(distill, [trunk], config.jobs)
         start = bases / "trunk"
     jobs = [
-        {"config": config, "start": start, "proxies": {k: proxies[k]}, "documents": _texts(config, corpus, k, bool(trunk_steps)),
+        {"config": config, "start": start, "proxies": {k: proxies[k]}, "windows": _texts(config, corpus, k, bool(trunk_steps)),
          "steps": branch_steps, "train_all": config.distill.train == "all", "unit": f"base {k}", "out": bases / str(k),
          "work": work / str(k), "method": method}
         for k in range(config.experts)
@@ -85,7 +85,7 @@ def _check_memory(config: Config, start: Path, proxies: list[Path]) -> None:
     )  # fmt: skip
 
 
-def _texts(config: Config, corpus: list[Document], k: int, has_trunk: bool) -> list[Document]:
+def _texts(config: Config, corpus: list[Window], k: int, has_trunk: bool) -> list[Window]:
     """What base k reads: with a trunk its own texts, without one all public text, as in the paper.
 
     A sample of another proxy is never public text: it is a message from that proxy to its own base.
@@ -93,11 +93,11 @@ def _texts(config: Config, corpus: list[Document], k: int, has_trunk: bool) -> l
     own = [d for d in corpus if d.teacher == k]
     if has_trunk and own:
         return own
-    return [Document(d.example, d.source, k) for d in corpus if d.source != "sampled" or d.teacher == k]
+    return [Window(d.document, d.source, k) for d in corpus if d.source != "sampled" or d.teacher == k]
 
 
 def distill(
-    config: Config, start: Path, proxies: dict[int, Path], documents: list[Document], steps: int, train_all: bool,
+    config: Config, start: Path, proxies: dict[int, Path], windows: list[Window], steps: int, train_all: bool,
     unit: str, out: Path, work: Path, method: Callable[..., nn.Module] = Distiller,
 ) -> float | None:  # fmt: skip
     """Train one dense student with the given proxies as its teachers; writes a Hugging Face checkpoint to `out`.
@@ -123,11 +123,11 @@ def distill(
         )  # fmt: skip
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(train_all or ".mlp." in name)
-        periods = reading_periods(documents, settings.sampled_share)
-        order = reading_order([len(d.example.text) for d in documents], steps, settings.batch_size, config.seed, periods)
+        periods = reading_periods(windows, settings.sampled_share)
+        order = reading_order([len(d.document.text) for d in windows], steps, settings.batch_size, config.seed, periods)
         history = train(
             method(student, weights, teachers, vaa, config.seed),
-            [[documents[i] for i in batch] for batch in order],
+            [[windows[i] for i in batch] for batch in order],
             Collator(tokenizer, teachers, config.data.prompt_loss_weight, context_limit(student), vaa),
             stage="distill",
             unit=unit,
@@ -141,12 +141,12 @@ def distill(
     with whole_folder(out) as part:
         student.eval().save_pretrained(part)
         tokenizer.save_pretrained(part)
-        facts = {"architecture": type(student).__name__, "steps": steps, "documents": len(documents), "seed": config.seed}
+        facts = {"architecture": type(student).__name__, "steps": steps, "documents": len(windows), "seed": config.seed}
         text = _about(unit, proxies, steps, start == out.parent / "trunk")
         write_model_card(part, unit.capitalize(), text, facts)
         if config.merge.router == "prototype" and unit != "trunk":
             # A proxy that knows no text best, as on finely mixed data, has no corner of its own: the middle of all text.
-            own = [d for d in documents if d.teacher in proxies] or documents
+            own = [d for d in windows if d.teacher in proxies] or windows
             rows = _prototype(student, tokenizer, own, config)
             save_file({"prototype": rows}, part / "prototype.safetensors")
     remove(work)
@@ -164,7 +164,7 @@ def _about(unit: str, proxies: dict[int, Path], steps: int, from_trunk: bool) ->
     return f"A dense model distilled by DeepFusion from {teachers}{', starting from the trunk' if from_trunk else ''}: {use}."
 
 
-def _prototype(student: PreTrainedModel, tokenizer: Any, documents: list[Document], config: Config) -> torch.Tensor:
+def _prototype(student: PreTrainedModel, tokenizer: Any, windows: list[Window], config: Config) -> torch.Tensor:
     """Mean input of every layer's FFN over the texts of one base: fp32 [layers, hidden]."""
     inputs: dict[str, list[torch.Tensor]] = {}
     hooks = [
@@ -174,8 +174,8 @@ def _prototype(student: PreTrainedModel, tokenizer: Any, documents: list[Documen
     ]
     collate = Collator(tokenizer, {}, 1.0, context_limit(student))
     with torch.inference_mode():
-        for first in range(0, min(len(documents), 64), config.distill.batch_size):
-            batch = collate(documents[first : first + config.distill.batch_size])
+        for first in range(0, min(len(windows), 64), config.distill.batch_size):
+            batch = collate(windows[first : first + config.distill.batch_size])
             student.base_model(input_ids=batch["input_ids"].to(student.device))
     for hook in hooks:
         hook.remove()

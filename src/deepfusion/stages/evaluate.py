@@ -21,7 +21,7 @@ from deepfusion.learning.metrics import evaluate_model, expert_use
 from deepfusion.models.compact import DELTA, Compact
 from deepfusion.models.loading import load_model, load_tokenizer
 from deepfusion.models.presets import resolve
-from deepfusion.text.rows import Example
+from deepfusion.text.rows import Document
 from deepfusion.text.sources import load_source
 from deepfusion.text.splits import make_splits
 from deepfusion.uploads.card import read_card
@@ -75,8 +75,8 @@ class _Plan:
     known, as with uploads from elsewhere; then every domain is tried.
     """
 
-    def __init__(self, inputs: dict[str, Path], test: list[Example], private: dict[str, list[Example]]) -> None:
-        self.domains = sorted({example.domain for example in test})
+    def __init__(self, inputs: dict[str, Path], test: list[Document], private: dict[str, list[Document]]) -> None:
+        self.domains = sorted({document.domain for document in test})
         self.devices: list[dict[str, Any]] = _read_json(inputs.get("registry")) or []
         self.clusters: list[dict[str, Any]] = (_read_json(inputs.get("clusters")) or {}).get("clusters", [])
         held = {entry["device"]: self._held(private.get(entry["device"], [])) for entry in self.devices}
@@ -95,8 +95,8 @@ class _Plan:
             clusters = [self.cluster_domain[c["id"]] for c in self.clusters if device in c["devices"]]
             self._add(f"device {device}", _below(inputs, "uploads", device), [self.home[device], *clusters])
 
-    def _held(self, examples: list[Example]) -> Counter[str]:
-        return Counter(example.domain for example in examples if example.domain in self.domains)
+    def _held(self, documents: list[Document]) -> Counter[str]:
+        return Counter(document.domain for document in documents if document.domain in self.domains)
 
     def _add(self, name: str, folder: Path | None, domains: Iterable[str | None]) -> None:
         if folder is not None and folder.is_dir() and self.domains:
@@ -109,7 +109,7 @@ def measure(
     name: str,
     unit: Path,
     folder: Path,
-    examples: list[Example],
+    documents: list[Document],
     batch_size: int,
     max_chars: int,
     choices: bool,
@@ -130,10 +130,10 @@ def measure(
         return found
     model, tokenizer = _load(folder, precision), load_tokenizer(folder)
     sizes = {"batch_size": batch_size, "max_chars": max_chars}
-    metrics = evaluate_model(model, tokenizer, examples, **sizes, choices=choices, lm_eval=False)
+    metrics = evaluate_model(model, tokenizer, documents, **sizes, choices=choices, lm_eval=False)
     use = None
     if routers:
-        few = capped(examples, EXPERT_USE_DOCUMENTS, 0)
+        few = capped(documents, EXPERT_USE_DOCUMENTS, 0)
         use = expert_use(model, tokenizer, few, batch_size=batch_size, max_chars=max_chars)
     result = {"metrics": metrics, "expert_use": use}
     _write_json(unit, result)
@@ -145,13 +145,13 @@ def measure(
     return result
 
 
-def _measure_all(config: Config, plan: _Plan, test: list[Example], units: Path) -> dict[str, dict[str, Any]]:
+def _measure_all(config: Config, plan: _Plan, test: list[Document], units: Path) -> dict[str, dict[str, Any]]:
     jobs = [
         {
             "name": name,
             "unit": units.joinpath(*name.split(" ", 1)) / "measured.json",  # an id may be as long as a file name can be
             "folder": folder,
-            "examples": [example for example in test if example.domain in plan.wanted[name]],
+            "documents": [document for document in test if document.domain in plan.wanted[name]],
             "batch_size": config.evaluate.batch_size,
             "max_chars": config.data.max_chars,
             "choices": config.evaluate.choices,
@@ -179,7 +179,7 @@ def _load(folder: Path, precision: str) -> PreTrainedModel:
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def _documents(config: Config) -> tuple[list[Example], dict[str, list[Example]]]:
+def _documents(config: Config) -> tuple[list[Document], dict[str, list[Document]]]:
     """Test documents, and private documents by device where this run knows them."""
     if config.data.private or isinstance(config.devices, list):
         splits = make_splits(config)
@@ -187,15 +187,15 @@ def _documents(config: Config) -> tuple[list[Example], dict[str, list[Example]]]
     return (load_source(config.data.test) if isinstance(config.data.test, str) else []), {}
 
 
-def capped(examples: list[Example], limit: int | None, seed: int) -> list[Example]:
+def capped(documents: list[Document], limit: int | None, seed: int) -> list[Document]:
     """At most `limit` documents of each domain, a seeded choice, in their order."""
     if limit is None:
-        return examples
+        return documents
     chosen: set[int] = set()
-    for domain in {example.domain for example in examples}:
-        places = [i for i, example in enumerate(examples) if example.domain == domain]
+    for domain in {document.domain for document in documents}:
+        places = [i for i, document in enumerate(documents) if document.domain == domain]
         chosen.update(random.Random(f"{seed} {domain}").sample(places, min(limit, len(places))))
-    return [examples[i] for i in sorted(chosen)]
+    return [documents[i] for i in sorted(chosen)]
 
 
 def _best_devices(plan: _Plan, measured: dict[str, dict[str, Any]]) -> dict[str, Metrics] | None:

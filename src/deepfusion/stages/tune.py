@@ -72,8 +72,8 @@ def tune(
     student = load_model(start, "fp32")
     precision = resolve_precision(config.precision, student.config)
     torch.nn.Module.to(student, device)
-    documents = [d for d in read_corpus(corpus) if samples or d.source != "sampled"]
-    steps = settings.steps if documents else 0
+    windows = [d for d in read_corpus(corpus) if samples or d.source != "sampled"]
+    steps = settings.steps if windows else 0
     pinned = set(pinned_parameters(student))
     for name, parameter in student.named_parameters():
         frozen = is_expert_name(name) and not settings.train_experts
@@ -87,11 +87,11 @@ def tune(
         temperature=settings.temperature,
         sampled_ce=config.distill.sampled_ce,
     )
-    lengths, periods = [len(d.example.text) for d in documents], reading_periods(documents, config.distill.sampled_share)
+    lengths, periods = [len(d.document.text) for d in windows], reading_periods(windows, config.distill.sampled_share)
     order = reading_order(lengths, steps, settings.batch_size, config.seed + 1, periods) if steps else []
     history = train(
         Distiller(student, weights, teachers),
-        [[documents[i] for i in batch] for batch in order],
+        [[windows[i] for i in batch] for batch in order],
         Collator(tokenizer, teachers, config.data.prompt_loss_weight, context_limit(student)),
         stage="tune",
         unit=unit,
@@ -105,7 +105,7 @@ def tune(
         student.eval().to(read_config(start).dtype).save_pretrained(part)
         tokenizer.save_pretrained(part)
         if unit == "control":  # the card of the MoE tells of the whole run
-            facts = {"public documents without samples of the proxies": len(documents), "steps": steps, "seed": config.seed}
+            facts = {"public documents without samples of the proxies": len(windows), "steps": steps, "seed": config.seed}
             write_model_card(part, "Control", "The same MoE with the public base as every expert; no device taught it.", facts)
     remove(work)
     return {key: value for key, value in history[-1].items() if key != "learning_rate"} if history else {}

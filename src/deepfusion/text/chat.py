@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from deepfusion.errors import InputError
-from deepfusion.text.rows import Example
+from deepfusion.text.rows import Document
 
 # Some templates write today's date; a training that goes on tomorrow must read the same.
 _TODAY = "01 Jan 2026"
@@ -43,13 +43,13 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
         raise InputError(f"no default among its chat templates ({error})"[:300], where=where, code="chat-template") from None
 
 
-def render(tokenizer: PreTrainedTokenizerBase, example: Example) -> Rendered:
+def render(tokenizer: PreTrainedTokenizerBase, document: Document) -> Rendered:
     """Write a conversation with the tokenizer's own chat template; contents stand in it word for word.
 
     Raises:
         InputError: the template cannot write these turns in this order.
     """
-    turns, template = example.turns, chat_template(tokenizer)
+    turns, template = document.turns, chat_template(tokenizer)
     assert template is not None
     special = tuple(sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()))
     markup = _markup(_Template(tokenizer, template, special), tuple(turn.role for turn in turns))
@@ -61,16 +61,16 @@ def render(tokenizer: PreTrainedTokenizerBase, example: Example) -> Rendered:
     return Rendered(text + markup[-1], spans)
 
 
-def places(example: Example, rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:
-    """Where each character of a rendered conversation stands in `example.text`: int64 starts and ends, one each a character.
+def places(document: Document, rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:
+    """Where each character of a rendered conversation stands in `document.text`: int64 starts and ends, one each a character.
 
     Contents keep their characters. What the template writes before a content has no width and stands where, in plain words, the
     label of the turn ends; what it writes after the last one stands at the end.
     """
-    starts = np.full(len(rendered.text), len(example.text), np.int64)
+    starts = np.full(len(rendered.text), len(document.text), np.int64)
     ends = starts.copy()
     done = 0
-    for (begin, end), (start, _) in zip(rendered.spans, example.contents, strict=True):
+    for (begin, end), (start, _) in zip(rendered.spans, document.contents, strict=True):
         starts[done:begin] = ends[done:begin] = start - 1
         starts[begin:end] = np.arange(start, start + end - begin)
         ends[begin:end] = starts[begin:end] + 1

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deepfusion.errors import InputError
 from deepfusion.text.chat import chat_template, places, render
-from deepfusion.text.rows import Example
+from deepfusion.text.rows import Document
 
 
 class Encoded(NamedTuple):
@@ -17,7 +17,7 @@ class Encoded(NamedTuple):
 
     Attributes:
         input_ids: int64 [T].
-        offsets: int32 [T, 2], the characters of `example.text` that a token stands for; equal ends for marks.
+        offsets: int32 [T, 2], the characters of `document.text` that a token stands for; equal ends for marks.
         weights: float32 [T], the loss weight of each token as a target.
         template: the chat template that wrote the text; empty for plain text.
     """
@@ -30,7 +30,7 @@ class Encoded(NamedTuple):
 
 def encode(
     tokenizer: PreTrainedTokenizerBase,
-    example: Example,
+    document: Document,
     prompt_weight: float = 0.0,
     max_tokens: int | None = None,
     add_end: bool = True,
@@ -51,26 +51,26 @@ def encode(
     if not tokenizer.is_fast:
         what = "the tokenizer gives no character offsets"
         raise InputError(what, where=where, allowed="fast tokenizers", code="slow-tokenizer")
-    if example.turns and chat_template(tokenizer):
-        encoded = _encode_chat(tokenizer, example, prompt_weight, add_end)
+    if document.turns and chat_template(tokenizer):
+        encoded = _encode_chat(tokenizer, document, prompt_weight, add_end)
     else:
-        encoded = _encode_plain(tokenizer, example, prompt_weight, add_end)
+        encoded = _encode_plain(tokenizer, document, prompt_weight, add_end)
     ids, offsets, weights, template = encoded
     return Encoded(ids[:max_tokens], offsets[:max_tokens], weights[:max_tokens], template)
 
 
-def _encode_plain(tokenizer: PreTrainedTokenizerBase, example: Example, prompt_weight: float, add_end: bool) -> Encoded:
+def _encode_plain(tokenizer: PreTrainedTokenizerBase, document: Document, prompt_weight: float, add_end: bool) -> Encoded:
     end_mark = tokenizer.eos_token_id
     start_mark = end_mark if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start_mark is None or (add_end and end_mark is None):
         raise InputError("the tokenizer has no end-of-text token", where=tokenizer.name_or_path, code="no-end-token")
-    text = example.text
+    text = document.text
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
     marks = [(0, 0)], [(len(text), len(text))] if add_end else []
     ids = [start_mark, *tokens["input_ids"], *([end_mark] if add_end else [])]
     offsets = np.array([*marks[0], *tokens["offset_mapping"], *marks[1]], np.int32).reshape(-1, 2)
     weights = np.full(len(ids), prompt_weight, np.float32)
-    for start, end in example.learned:
+    for start, end in document.learned:
         weights[(offsets[:, 1] > start) & ((offsets[:, 0] < end) | (offsets[:, 1] == end))] = 1.0
     weights[0] = 0.0
     if add_end:
@@ -78,16 +78,16 @@ def _encode_plain(tokenizer: PreTrainedTokenizerBase, example: Example, prompt_w
     return Encoded(np.array(ids, np.int64), offsets, weights)
 
 
-def _encode_chat(tokenizer: PreTrainedTokenizerBase, example: Example, prompt_weight: float, add_end: bool) -> Encoded:
-    rendered = render(tokenizer, example)
+def _encode_chat(tokenizer: PreTrainedTokenizerBase, document: Document, prompt_weight: float, add_end: bool) -> Encoded:
+    rendered = render(tokenizer, document)
     tokens = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
     begins, ends = np.array(tokens["offset_mapping"], np.int64).reshape(-1, 2).T
-    starts_at, ends_at = places(example, rendered)
+    starts_at, ends_at = places(document, rendered)
     first = starts_at[np.minimum(begins, len(starts_at) - 1)]
     last = np.maximum(ends_at[np.maximum(ends - 1, 0)], first)
     weights = np.full(len(begins), prompt_weight, np.float32)
     kept = len(begins)
-    for turn, (start, end), (_, stop) in zip(example.turns, rendered.spans, example.contents, strict=True):
+    for turn, (start, end), (_, stop) in zip(document.turns, rendered.spans, document.contents, strict=True):
         inside = (ends > start) & (begins < end)
         last[inside] = np.minimum(last[inside], stop)  # a token that runs into what the template writes next
         after = int(np.searchsorted(begins, end))  # the mark that ends the turn
@@ -99,10 +99,10 @@ def _encode_chat(tokenizer: PreTrainedTokenizerBase, example: Example, prompt_we
     return Encoded(ids, np.stack([first, last], 1).astype(np.int32)[:kept], weights[:kept], chat_template(tokenizer) or "")
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, document: Document) -> list[int]:
     """Tokens of all that stands before the last completion, with the start mark, for a model to go on from."""
-    if example.turns and chat_template(tokenizer):
-        rendered = render(tokenizer, example)
+    if document.turns and chat_template(tokenizer):
+        rendered = render(tokenizer, document)
         return list(tokenizer(rendered.text[: rendered.spans[-1][0]], add_special_tokens=False, verbose=False).input_ids)
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    return [start, *tokenizer(example.prompt, add_special_tokens=False, verbose=False).input_ids]
+    return [start, *tokenizer(document.prompt, add_special_tokens=False, verbose=False).input_ids]

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-from deepfusion.text.rows import Example
+from deepfusion.text.rows import Document
 
 
-def overlap(examples: Iterable[Example], others: Iterable[Example], n: int = 13) -> float:
-    """Share (0 to 1) of the distinct n-word runs of `examples` that stand word for word in `others`.
+def overlap(documents: Iterable[Document], others: Iterable[Document], n: int = 13) -> float:
+    """Share (0 to 1) of the distinct n-word runs of `documents` that stand word for word in `others`.
 
     A text of fewer than n words counts as one run.
     """
     wanted: dict[int, set[str]] = defaultdict(set)
-    for example in examples:
-        words = example.text.split()
+    for document in documents:
+        words = document.text.split()
         if words:
             length = min(n, len(words))
             wanted[length] |= _runs(words, length)

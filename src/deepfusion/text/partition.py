@@ -9,14 +9,14 @@ from typing import Literal
 import numpy as np
 
 from deepfusion.errors import InputError
-from deepfusion.text.rows import Example
+from deepfusion.text.rows import Document
 
 Scheme = Literal["by_domain", "random_uneven", "dirichlet"]
 
 
 def partition(
-    examples: Sequence[Example], devices: int, scheme: Scheme, alpha: float, seed: int, *, least: int = 1
-) -> list[list[Example]]:
+    documents: Sequence[Document], devices: int, scheme: Scheme, alpha: float, seed: int, *, least: int = 1
+) -> list[list[Document]]:
     """Give every document to exactly one device.
 
     Args:
@@ -28,15 +28,15 @@ def partition(
     Raises:
         InputError: fewer documents than devices.
     """
-    if len(examples) < devices:
-        what = f"{len(examples)} documents for {devices} devices"
+    if len(documents) < devices:
+        what = f"{len(documents)} documents for {devices} devices"
         raise InputError(what, fix="fewer devices", code="too-few-documents")
     generator = np.random.default_rng(seed)
-    least = min(least, len(examples) // devices)
-    order = generator.permutation(len(examples)).tolist()
+    least = min(least, len(documents) // devices)
+    order = generator.permutation(len(documents)).tolist()
     domains: dict[str, list[int]] = defaultdict(list)
     for index in order:
-        domains[examples[index].domain].append(index)
+        domains[documents[index].domain].append(index)
     groups = [domains[domain] for domain in sorted(domains)]
     if scheme == "random_uneven":
         parts = _cut(order, _uneven_sizes(len(order), devices, alpha, least, generator))
@@ -47,7 +47,7 @@ def partition(
         parts = _by_domain(groups, devices, alpha, least, generator)
     while min(map(len, parts)) < least:
         min(parts, key=len).append(max(parts, key=len).pop())
-    return [[examples[index] for index in sorted(part)] for part in parts]
+    return [[documents[index] for index in sorted(part)] for part in parts]
 
 
 def _by_domain(groups: list[list[int]], devices: int, alpha: float, least: int, generator: np.random.Generator) -> list[list[int]]:

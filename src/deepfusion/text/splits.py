@@ -15,7 +15,7 @@ from deepfusion.config import Config, DeviceSpec
 from deepfusion.errors import InputError
 from deepfusion.names import device_ids
 from deepfusion.text.partition import partition
-from deepfusion.text.rows import Example
+from deepfusion.text.rows import Document
 from deepfusion.text.sources import choose, expand_source, load_source, shuffled, unique
 from deepfusion.text.windows import say_cut
 
@@ -37,11 +37,11 @@ class Splits:
         devices: every device with its id and type, in the order of `private`.
     """
 
-    private: dict[str, list[Example]]
-    held_out: dict[str, list[Example]]
-    public: list[Example]
-    generic: list[Example]
-    test: list[Example]
+    private: dict[str, list[Document]]
+    held_out: dict[str, list[Document]]
+    public: list[Document]
+    generic: list[Document]
+    test: list[Document]
     devices: list[DeviceSpec]
 
 
@@ -62,17 +62,17 @@ def make_splits(config: Config) -> Splits:
     if not common and not any(own.values()):
         devices = []  # a server knows no private data: the uploads come from elsewhere
     test = load_source(data.test) if isinstance(data.test, str) else []
-    taken = {example.id for example in test}
-    public: list[Example] = []
-    kept: dict[str, list[Example]] = {}
+    taken = {document.id for document in test}
+    public: list[Document] = []
+    kept: dict[str, list[Document]] = {}
     for source in dict.fromkeys([*common, *(part for parts in own.values() for part in parts)]):
         given = load_source(source, data.limit, seed)
         found = unique(given, without=taken)
         if len(found) < len(given):
             what = f"{len(given) - len(found)} of {len(given)} documents are left out: in the test text or in an earlier source"
             progress.say_once(f"[data] {source}: {what}")
-        taken |= {example.id for example in found}
-        counts = _split_counts(len({example.id for example in found}), config)
+        taken |= {document.id for document in found}
+        counts = _split_counts(len({document.id for document in found}), config)
         texts = [*_alike(found, seed)]
         if len(texts) < sum(counts) + 1:
             raise InputError(f"{len(found)} new documents are too few to split", where=source, code="too-few-documents")
@@ -89,11 +89,11 @@ def make_splits(config: Config) -> Splits:
     return Splits(private, held_out, *_server_text(config, public, test), test, devices)
 
 
-def _alike(examples: list[Example], seed: int) -> Iterable[list[Example]]:
+def _alike(documents: list[Document], seed: int) -> Iterable[list[Document]]:
     """In an order by seed the examples of each id, which differ in case and white space alone: they stay on one side of a split."""
-    groups: dict[str, list[Example]] = {}
-    for example in shuffled(examples, seed, "split"):
-        groups.setdefault(example.id, []).append(example)
+    groups: dict[str, list[Document]] = {}
+    for document in shuffled(documents, seed, "split"):
+        groups.setdefault(document.id, []).append(document)
     return groups.values()
 
 
@@ -109,14 +109,14 @@ def _split_counts(documents: int, config: Config) -> tuple[int, int]:
     return test, public
 
 
-def _server_text(config: Config, in_domain: list[Example], test: list[Example]) -> tuple[list[Example], list[Example]]:
+def _server_text(config: Config, in_domain: list[Document], test: list[Document]) -> tuple[list[Document], list[Document]]:
     """Public and generic text without the test documents."""
-    data, test_ids = config.data, {example.id for example in test}
+    data, test_ids = config.data, {document.id for document in test}
     named = [source for source in data.public if source not in ("in_domain", "generic", "sampled")]
-    files = [example for source in named for example in load_source(source, data.limit, config.seed)]
-    generic: list[Example] = []
+    files = [document for source in named for document in load_source(source, data.limit, config.seed)]
+    generic: list[Document] = []
     if "generic" in data.public:
-        generic = unique((example for source in data.generic for example in load_source(source)), without=test_ids)
+        generic = unique((document for source in data.generic for document in load_source(source)), without=test_ids)
         generic = choose(generic, data.generic_documents, config.seed, "generic")
     return unique([*in_domain, *files], without=test_ids), generic
 
@@ -146,11 +146,11 @@ def _deal(
     devices: list[DeviceSpec],
     own: dict[str, list[str]],
     common: list[str],
-    kept: dict[str, list[Example]],
+    kept: dict[str, list[Document]],
     config: Config,
-) -> dict[str, list[Example]]:
+) -> dict[str, list[Document]]:
     """The private documents of every device."""
-    parts: dict[str, list[Example]] = {str(device.id): [] for device in devices}
+    parts: dict[str, list[Document]] = {str(device.id): [] for device in devices}
     users = defaultdict(list)
     for name, sources in own.items():
         for source in sources:
@@ -168,7 +168,7 @@ def _deal(
         for name, share in zip(names, shares, strict=True):
             parts[name] += share
     others = [name for name in parts if name not in own]
-    pool = [example for source in common if source not in users for example in kept[source]]
+    pool = [document for source in common if source not in users for document in kept[source]]
     if others:
         if len(pool) < LEAST * len(others):
             raise InputError(

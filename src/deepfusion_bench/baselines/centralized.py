@@ -12,11 +12,11 @@ from typing import Any
 from deepfusion.config import Config
 from deepfusion.folders import bind
 from deepfusion.inputs import request
-from deepfusion.learning.corpus import Document, write_corpus
+from deepfusion.learning.corpus import Window, write_corpus
 from deepfusion.learning.order import training_steps
 from deepfusion.stages.tune import tune
 from deepfusion.text.splits import make_splits
-from deepfusion.text.windows import windows
+from deepfusion.text.windows import cut_windows
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
@@ -31,17 +31,17 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     """
     bind(out, request(config, inputs["start"], __name__), out / "moe", out / "work")
     splits = make_splits(config)
-    documents = [
-        Document(piece, "private")
+    windows = [
+        Window(piece, "private")
         for private in splits.private.values()
-        for example in private
-        for piece in windows(example, config.data.max_chars)
+        for document in private
+        for piece in cut_windows(document, config.data.max_chars)
     ]
-    steps = training_steps(config.tune.steps, config.device.epochs, len(documents), config.tune.batch_size)
+    steps = training_steps(config.tune.steps, config.device.epochs, len(windows), config.tune.batch_size)
     config = config.model_copy(update={"tune": config.tune.model_copy(update={"steps": steps})})
     (out / "moe").mkdir(parents=True, exist_ok=True)
     corpus = out / "private.jsonl"
-    write_corpus(documents, corpus)
+    write_corpus(windows, corpus)
     losses = tune(config, inputs["start"], corpus, {}, True, "centralized", out / "moe" / "final", out / "work")
     corpus.unlink()
-    return {"documents": len(documents), "steps": steps, **losses}
+    return {"documents": len(windows), "steps": steps, **losses}

@@ -45,7 +45,7 @@ from deepfusion.errors import InputError
 from deepfusion.families.moe import FAMILIES, expert_parameters, pinned_parameters, router_logits_by_layer
 from deepfusion.folders import bind, remove, whole_folder, write_whole
 from deepfusion.inputs import request
-from deepfusion.learning.corpus import Document
+from deepfusion.learning.corpus import Window
 from deepfusion.learning.distillation import Collator, Distiller, LossWeights
 from deepfusion.learning.order import reading_order, training_steps
 from deepfusion.learning.training import train
@@ -54,7 +54,7 @@ from deepfusion.models.checkpoints import WEIGHTS
 from deepfusion.models.loading import context_limit, load_model, load_tokenizer, resolve_precision
 from deepfusion.report.artefacts import write_model_card
 from deepfusion.text.splits import make_splits
-from deepfusion.text.windows import windows
+from deepfusion.text.windows import cut_windows
 
 SEEN = 16  # documents of a device that the gate looks at
 _PER_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.(?:experts\.\w+|gate\.\w+)")
@@ -77,7 +77,7 @@ class Member:
     """A device: its private text, what it reads in each round, and its private tokens, the weight of its uploads."""
 
     name: str
-    documents: list[Document]
+    windows: list[Window]
     rounds: list[list[list[int]]]
     tokens: int
 
@@ -198,11 +198,9 @@ def _unfit(what: str, allowed: str) -> InputError:
 # The choice of experts -----------------------------------------------------------------------------------------------
 
 
-def preferences(
-    moe: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: list[Document], bases: int
-) -> dict[int, Tensor]:
+def preferences(moe: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: list[Window], bases: int) -> dict[int, Tensor]:
     """What the gate makes of some documents: layer -> fp64 [bases], the mean probability of each base's experts, sum 1."""
-    batch = Collator(tokenizer, {}, 0.0, context_limit(moe))(documents)
+    batch = Collator(tokenizer, {}, 0.0, context_limit(moe))(windows)
     mask = batch["attention_mask"].to(moe.device)
     with torch.no_grad(), router_logits_by_layer(moe) as logits:
         moe.base_model(input_ids=batch["input_ids"].to(moe.device), attention_mask=mask, use_cache=False)
@@ -320,16 +318,16 @@ def _members(config: Config, tokenizer: PreTrainedTokenizerBase, rounds: int) ->
         raise InputError("there is no private data", where="data.private", fix=fix, code="no-private-data")
     rounds = min(rounds, config.device.steps)
     members = []
-    for number, (name, examples) in enumerate(private.items()):
-        documents = [Document(piece, "private") for example in examples for piece in windows(example, config.data.max_chars)]
-        lengths = [len(document.example.text) for document in documents]
+    for number, (name, documents) in enumerate(private.items()):
+        windows = [Window(piece, "private") for document in documents for piece in cut_windows(document, config.data.max_chars)]
+        lengths = [len(document.document.text) for document in windows]
         batch_size = config.device.batch_size
-        steps = max(rounds, training_steps(config.device.steps, config.device.epochs, len(documents), batch_size))
+        steps = max(rounds, training_steps(config.device.steps, config.device.epochs, len(windows), batch_size))
         order = reading_order(lengths, steps, batch_size, config.seed + number)
         ends = [steps * part // rounds for part in range(rounds + 1)]
         parts = [order[begin:end] for begin, end in pairwise(ends)]
-        tokens = sum(len(tokenizer(example.text, add_special_tokens=False, verbose=False).input_ids) for example in examples)
-        members.append(Member(name, documents, parts, tokens))
+        tokens = sum(len(tokenizer(document.text, add_special_tokens=False, verbose=False).input_ids) for document in documents)
+        members.append(Member(name, windows, parts, tokens))
     return members
 
 
@@ -337,7 +335,7 @@ def _all_preferences(
     config: Config, moe: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, members: list[Member]
 ) -> list[dict[int, Tensor]]:
     moe.eval()
-    return [preferences(moe, tokenizer, member.documents[:SEEN], config.experts) for member in members]
+    return [preferences(moe, tokenizer, member.windows[:SEEN], config.experts) for member in members]
 
 
 def _train(
@@ -351,7 +349,7 @@ def _train(
     begin_share, end_share = (_rate_share(done / len(member.rounds)) for done in (number, number + 1))
     history = train(
         Distiller(compact, LossWeights(balance=settings.balance_weight)),
-        [[member.documents[index] for index in batch] for batch in member.rounds[number]],
+        [[member.windows[index] for index in batch] for batch in member.rounds[number]],
         Collator(tokenizer, {}, config.data.prompt_loss_weight, context_limit(compact)),
         stage="fedjets",
         unit=f"{member.name} round {number + 1}",

@@ -23,7 +23,7 @@ from deepfusion.federation.server.ledger import Ledger
 from deepfusion.jobs import run_jobs
 from deepfusion.pipeline import STAGES, Stage
 from deepfusion.report.artefacts import write_transport
-from deepfusion.text.rows import Example
+from deepfusion.text.rows import Document
 
 
 @dataclass
@@ -34,8 +34,8 @@ class SimulatedDevice:
     folder: Path
     config: Config
     spec: DeviceSpec
-    private: list[Example]
-    held_out: list[Example]
+    private: list[Document]
+    held_out: list[Document]
 
     def train(self, task: messages.Task) -> None:
         """As the local pipeline trains it."""
