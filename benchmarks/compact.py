@@ -1,7 +1,9 @@
 """What compact uploads save and cost: `python benchmarks/compact.py RUN`.
 
-RUN is a run folder with uploads of full weights. They are written again as `delta8` and `delta4` against the public checkpoints
-that training began with; then bytes, errors and losses on the test text of the run are compared. Writes benchmarks/compact.md.
+RUN is a run folder with uploads of full weights. They are written again as `delta8` and `delta4` against the
+public checkpoints that training began with; then bytes, errors and losses on the test text of the run are
+compared. Writes
+benchmarks/compact.md.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ def recode(full: Path, folder: Path, encoding: Encoding) -> None:
     """An upload of full weights as a compact one."""
     shutil.copytree(full, folder, ignore=shutil.ignore_patterns("model.safetensors", "card.json"))
     card, whole = read_card(full), open_whole(full)
-    error = write_delta(folder, {name: whole.get(name) for name in whole.names()}, open_base(card.base), encoding)
+    error = write_delta(
+        folder, {name: whole.get(name) for name in whole.names()}, open_base(card.base), encoding
+    )
     write_card(folder, card.model_copy(update={"encoding": encoding, "encoding_error": error}))
 
 
@@ -37,7 +41,12 @@ def measure(config: Config, run: Path, encoding: Encoding, out: Path) -> dict[st
         for full in sorted(uploads.iterdir()):
             recode(full, out / "uploads" / full.name, encoding)
         uploads = out / "uploads"
-    inputs = {"uploads": uploads, "clusters": run / "clusters.json", "registry": out / "registry.json", "proxies": out / "proxies"}
+    inputs = {
+        "uploads": uploads,
+        "clusters": run / "clusters.json",
+        "registry": out / "registry.json",
+        "proxies": out / "proxies",
+    }
     out.mkdir(exist_ok=True)
     registry.run(config, inputs, out)
     proxy.run(config, inputs, out)
@@ -81,7 +90,8 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         for encoding, row in found.items():
             ratio, loss = row["bytes"][device] / first["bytes"][device], row["device_loss"][device]
             lines.append(
-                f"| {device} | {type} | `{encoding}` | {row['bytes'][device]:,} | {ratio:.3f} | {row['folder_bytes'][device]:,} "
+                f"| {device} | {type} | `{encoding}` | {row['bytes'][device]:,} | {ratio:.3f} | "
+                f"{row['folder_bytes'][device]:,} "
                 f"| {row['error'][device]:.2g} | {loss:.4f} | {loss - first['device_loss'][device]:+.5f} |"
             )
     lines += ["", "| mean of | upload | held-out loss | difference |", "|---|---|---|---|"]
@@ -89,7 +99,9 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         for encoding, row in found.items():
             loss = row["proxy_loss"][str(cluster["id"])]
             difference = loss - first["proxy_loss"][str(cluster["id"])]
-            lines.append(f"| {', '.join(cluster['devices'])} | `{encoding}` | {loss:.4f} | {difference:+.5f} |")
+            lines.append(
+                f"| {', '.join(cluster['devices'])} | `{encoding}` | {loss:.4f} | {difference:+.5f} |"
+            )
     return "\n".join(lines)
 
 
@@ -99,16 +111,23 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a run folder with uploads of full weights")
     parser.add_argument("--jobs", type=int, help="evaluations side by side")
     arguments = parser.parse_args()
-    config = load_config(arguments.run / "config.yaml", [f"jobs={arguments.jobs or 'null'}", "evaluate.choices=false"])
+    config = load_config(
+        arguments.run / "config.yaml", [f"jobs={arguments.jobs or 'null'}", "evaluate.choices=false"]
+    )
     with tempfile.TemporaryDirectory() as scratch:
-        found = {encoding: measure(config, arguments.run, encoding, Path(scratch) / encoding) for encoding in ENCODINGS}
+        found = {
+            encoding: measure(config, arguments.run, encoding, Path(scratch) / encoding)
+            for encoding in ENCODINGS
+        }
     uploads = [open_whole(folder) for folder in (arguments.run / "uploads").iterdir()]
     dtypes = {str(whole.dtype(name)).removeprefix("torch.") for whole in uploads for name in whole.names()}
     text = (
         "# Compact uploads on the quickstart\n\n"
         f"The devices of one run of the quickstart: seed {config.seed}, {config.device.steps} steps. Full weights are "
-        f"{' and '.join(sorted(dtypes))}; where they are float32 the ratios are half of these. Beside the weights the folder\n"
-        "holds a tokenizer and a config. The error is the largest of any weight. Losses are nats per token on test text of the\n"
+        f"{' and '.join(sorted(dtypes))}; where they are float32 the ratios are half of these. Beside "
+        "the weights the folder\n"
+        "holds a tokenizer and a config. The error is the largest of any weight. Losses are nats per "
+        "token on test text of the\n"
         f"model's own domain, {config.evaluate.max_documents or 'all'} documents.\n\n"
         f"{table(found)}\n\nMade by `python benchmarks/compact.py RUN`.\n"
     )

@@ -1,7 +1,8 @@
 """What the federation layer itself costs: `python benchmarks/federation.py > benchmarks/federation.md`
 
-First 128 simulated devices in one process, with uploads that are ready, so that nothing is trained. Then a real server with
-its processes over TLS on loopback, and 8 real devices one after the other, each handing in such an upload.
+First 128 simulated devices in one process, with uploads that are ready, so that nothing is trained. Then a real
+server with its processes over TLS on loopback, and 8 real devices one after the other, each handing in such an
+upload.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def main() -> None:
     for name, peak in real["peaks"].items():
         print(f"| {name} | {peak / 2**20:.0f} MiB |")
     print(
-        f"\nA device took {min(real['seconds']):.1f} to {max(real['seconds']):.1f} s from the start of its process to its receipt."
+        f"\nA device took {min(real['seconds']):.1f} to {max(real['seconds']):.1f} s from the start "
+        "of its process to its receipt."
     )
     print(f"Bytes at the wire are {real['overhead']:.2f} % more than the uploads weigh.")
     print(f"Messages of the control plane took {real['control']:,} bytes a device.")
@@ -58,8 +60,10 @@ def upload(folder: Path, device: str, seed: int) -> Path:
     (folder / "model.safetensors").write_bytes(seed.to_bytes(8, "little") * (UPLOAD_BYTES // 8))
     (folder / "config.json").write_text("{}")
     card = Card(
-        device=device, type="tiny-gpt2", model_class="GPT2LMHeadModel", signature="5" * 64, base="tiny-gpt2", base_digest="b" * 64,
-        method="full", embedding=[0.6, 0.8], encoder="hashing", tokens=100, documents=10, loss_before=5.0, loss_after=4.0, steps=3,
+        device=device, type="tiny-gpt2", model_class="GPT2LMHeadModel", signature="5" * 64, base="tiny-gpt2",
+        base_digest="b" * 64,
+        method="full", embedding=[0.6, 0.8], encoder="hashing", tokens=100, documents=10, loss_before=5.0,
+        loss_after=4.0, steps=3,
         seed=0, deepfusion_version="0",
     )  # fmt: skip
     write_card(folder, card)
@@ -78,7 +82,9 @@ def embedded(folder: Path) -> dict[str, float]:
     for number in range(SIMULATED):
         name = f"device-{number:03d}"
         spec = DeviceSpec(id=name, type="tiny-gpt2", method=None, data=None, memory=None)
-        devices.append(SimulatedDevice(run, upload(run / "uploads" / name, name, number), config, spec, [], []))
+        devices.append(
+            SimulatedDevice(run, upload(run / "uploads" / name, name, number), config, spec, [], [])
+        )
     assert stage.train_device
     before, began = psutil.Process().memory_info().rss, time.perf_counter()
     collect(config, devices, run)
@@ -90,7 +96,9 @@ def embedded(folder: Path) -> dict[str, float]:
 
 
 def _child(name: str, folder: Path) -> dict[str, float]:
-    done = subprocess.run([sys.executable, __file__, name, str(folder)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, __file__, name, str(folder)], capture_output=True, text=True, check=True
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -103,7 +111,8 @@ def _real(folder: Path) -> dict:
     # One upload more than come is waited for: the pipeline is not what is measured.
     server = subprocess.Popen(
         [sys.executable, "-m", "deepfusion.cli", "server", "start", "--out", str(run), "--home", str(home.folder),
-         "--host", "127.0.0.1", "--port", str(port), "--public", "127.0.0.1", "--set", f"federation.wait_for={REAL + 1}"],
+         "--host", "127.0.0.1", "--port", str(port), "--public", "127.0.0.1", "--set",
+         f"federation.wait_for={REAL + 1}"],
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert server.stderr is not None
@@ -119,7 +128,8 @@ def _real(folder: Path) -> dict:
     for name in names:
         began = time.perf_counter()
         subprocess.run(
-            [sys.executable, "-m", "deepfusion.cli", "device", "join", "--server", f"127.0.0.1:{port}", "--ca-sha256", digest[1],
+            [sys.executable, "-m", "deepfusion.cli", "device", "join", "--server", f"127.0.0.1:{port}",
+            "--ca-sha256", digest[1],
              "--home", str(folder / name), "--upload", str(folder / "uploads" / name)],
             check=True, capture_output=True,
         )  # fmt: skip

@@ -1,6 +1,7 @@
 """Phase times, speed and peak memory of a run: `python benchmarks/quickstart.py RUN > benchmarks/quickstart.md`.
 
-`make demo` leaves such a run in runs/quickstart. Seconds are wall clock; memory is that of the main process and its workers.
+`make demo` leaves such a run in runs/quickstart. Seconds are wall clock; memory is that of the main process and
+its workers.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def main(run: Path) -> None:
         memory, shown = stage["peak_rss_bytes"] / 2**30, f"{speed:,.0f}" if count else ""
         print(f"| {name} | {stage['seconds']:.1f} | {memory:.2f} | {count or ''} | {shown} |")
     print(f"| **all** | **{sum(stage['seconds'] for stage in manifest['stages'].values()):.1f}** | | | |")
-    print("\nMade by `make demo && python benchmarks/quickstart.py runs/quickstart > benchmarks/quickstart.md`.")
+    print(
+        "\nMade by `make demo && python benchmarks/quickstart.py runs/quickstart > benchmarks/quickstart.md`."
+    )
 
 
 if __name__ == "__main__":

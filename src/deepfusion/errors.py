@@ -19,7 +19,13 @@ class InputError(Exception):
     """
 
     def __init__(
-        self, what: str, *, where: object = None, allowed: object = None, fix: str | None = None, code: str = "bad-input"
+        self,
+        what: str,
+        *,
+        where: object = None,
+        allowed: object = None,
+        fix: str | None = None,
+        code: str = "bad-input",
     ) -> None:
         self.what, self.where, self.allowed, self.fix, self.code = what, where, allowed, fix, code
         super().__init__(str(self))
@@ -42,7 +48,20 @@ class InputError(Exception):
 
 
 _NAMES = (
-    *("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "ENOTDIR", "EISDIR", "ENAMETOOLONG", "ELOOP", "EBUSY"),
+    *(
+        "EACCES",
+        "EPERM",
+        "EROFS",
+        "ENOSPC",
+        "EDQUOT",
+        "EFBIG",
+        "EIO",
+        "ENOTDIR",
+        "EISDIR",
+        "ENAMETOOLONG",
+        "ELOOP",
+        "EBUSY",
+    ),
     *("ETXTBSY", "EXDEV", "ENOTEMPTY", "EMFILE", "ENFILE"),
 )
 _NO_ACCESS = {getattr(errno, name) for name in _NAMES if hasattr(errno, name)}  # not all systems know all
@@ -60,11 +79,15 @@ def no_access(error: BaseException, where: object = None) -> InputError | None:
     if number is None:
         text = str(error)
         found = re.search(r"\(os error (\d+)\)", text)  # as safetensors and tokenizers say it
-        number = int(found[1]) if found else errno.ENOSPC if "PytorchStreamWriter failed writing" in text else None
+        number = (
+            int(found[1]) if found else errno.ENOSPC if "PytorchStreamWriter failed writing" in text else None
+        )
     if number is None or number not in _NO_ACCESS:
         return None
     fix = "make room and give the same command again" if number == errno.ENOSPC else None
-    return InputError(os.strerror(number), where=name if name is not None else where, fix=fix, code="no-access")
+    return InputError(
+        os.strerror(number), where=name if name is not None else where, fix=fix, code="no-access"
+    )
 
 
 def _rebuild(what: str, where: object, allowed: object, fix: str | None, code: str) -> InputError:

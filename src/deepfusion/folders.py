@@ -1,7 +1,9 @@
 """Output folders and files: what is ours to write, how it comes to be whole, and who works there.
 
-An output that exists is somebody's until it is proved to be ours. Nothing is removed or overwritten here that this program did not
-make: outputs are written beside their place and get their name when they are whole, and a work folder is known by its key.
+An output that exists is somebody's until it is proved to be ours. Nothing is removed or overwritten here that this
+program did not
+make: outputs are written beside their place and get their name when they are whole, and a work folder is known by
+    its key.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ def place(target: Path, inputs: Iterable[Path] = ()) -> Path:
         inputs: files and folders that are read: the output must not hold one, nor lie in one.
 
     Raises:
-        InputError: not a folder, a place that cannot be written, the current directory, the home or one above them (`bad-out`),
-            or an input is in the way (`input-in-out`).
+        InputError: not a folder, a place that cannot be written, the current directory, the home or one above them
+            (`bad-out`), or an input is in the way (`input-in-out`).
     """
     found = _place(target, inputs)
     for name in (Path.cwd(), Path(os.path.expanduser("~"))):
@@ -58,7 +60,9 @@ def place_to_replace(target: Path, inputs: Iterable[Path] = ()) -> Path:
     """
     found = place(target, inputs)
     if found.exists() and os.path.ismount(found):
-        raise InputError("a mount point cannot be replaced", where=target, fix="choose a folder in it", code="bad-out")
+        raise InputError(
+            "a mount point cannot be replaced", where=target, fix="choose a folder in it", code="bad-out"
+        )
     _check_writable(found.parent, target)
     return found
 
@@ -87,14 +91,17 @@ def make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot be made ({error.strerror})", where=folder, fix="choose another --out", code="bad-out") from None
+        raise InputError(
+            f"cannot be made ({error.strerror})", where=folder, fix="choose another --out", code="bad-out"
+        ) from None
 
 
 def claim_file(target: Path, ours: Callable[[str], bool], inputs: Iterable[Path] = ()) -> Path:
     """A file to write, all links followed: a new one, or one whose text is an earlier output.
 
     Raises:
-        InputError: a place that cannot be written (`bad-out`), an input (`input-in-out`), or somebody else's file (`not-ours`).
+        InputError: a place that cannot be written (`bad-out`), an input (`input-in-out`), or somebody else's file
+            (`not-ours`).
     """
     found = _follow(target)
     if found.is_dir():
@@ -107,7 +114,9 @@ def claim_file(target: Path, ours: Callable[[str], bool], inputs: Iterable[Path]
         except ValueError:
             known = False
         if not known:
-            raise InputError("DeepFusion did not make this file", where=target, fix="choose another --out", code="not-ours")
+            raise InputError(
+                "DeepFusion did not make this file", where=target, fix="choose another --out", code="not-ours"
+            )
     return found
 
 
@@ -140,7 +149,9 @@ def _follow(target: Path) -> Path:
     whole = Path.cwd() / target
     for path in (whole, *whole.parents):
         if path.is_symlink() and not path.exists():
-            raise InputError("a link that leads nowhere", where=path, fix="choose another --out", code="bad-out")
+            raise InputError(
+                "a link that leads nowhere", where=path, fix="choose another --out", code="bad-out"
+            )
     return Path(os.path.realpath(whole))
 
 
@@ -150,7 +161,9 @@ def _check_writable(folder: Path, target: Path) -> None:
     if not nearest.is_dir():
         raise InputError(f"{nearest} is a file", where=target, fix="choose another --out", code="bad-out")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"{nearest} cannot be written", where=target, fix="choose another --out", code="bad-out")
+        raise InputError(
+            f"{nearest} cannot be written", where=target, fix="choose another --out", code="bad-out"
+        )
 
 
 def _check_inputs(found: Path, target: Path, inputs: Iterable[Path]) -> None:
@@ -228,7 +241,10 @@ def put(made: Path, target: Path) -> None:
     except OSError as error:
         if not os.path.lexists(target) or (not isinstance(error, FileExistsError) and not _entries(target)):
             raise
-        what, fix = "something lies there that DeepFusion did not make", "move it away; the same command goes on"
+        what, fix = (
+            "something lies there that DeepFusion did not make",
+            "move it away; the same command goes on",
+        )
         raise InputError(what, where=target, fix=fix, code="not-ours") from None
 
 
@@ -250,7 +266,9 @@ def _fsync(path: Path, flags: int) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder, links and other odd things as what they are, with permissions of our own: copies must be removable."""
+    """Copy a folder, links and other odd things as what they are, with permissions of our own: copies must be
+    removable.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for entry in os.scandir(source):
         copy = target / entry.name
@@ -324,7 +342,9 @@ def work_key(folder: Path) -> str | None:
         names = [path.name for path in _entries(folder)]
         text = (folder / KEY).read_text("utf-8", "replace") if (folder / KEY).is_file() else ""
         # A kill between folder and key leaves an empty folder, or a part of the key alone in it.
-        torn = not names or (names == [KEY] and (folder / KEY).is_file() and re.fullmatch(r"[0-9a-f]{0,63}", text))
+        torn = not names or (
+            names == [KEY] and (folder / KEY).is_file() and re.fullmatch(r"[0-9a-f]{0,63}", text)
+        )
         if torn or re.fullmatch(r"[0-9a-f]{64}", text):
             return text
     fix = "move it away, or choose another --out"
@@ -332,7 +352,9 @@ def work_key(folder: Path) -> str | None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder of ours with all that is in it, read-only folders too; its key goes last, so that a kill does no harm."""
+    """Remove a folder of ours with all that is in it, read-only folders too; its key goes last, so that a kill does
+    no harm.
+    """
     if not folder.is_dir():
         return
     _let_go(folder)
@@ -375,7 +397,9 @@ def locked(path: Path, busy: InputError | None = None, poll_seconds: float = 0.0
         assert busy is not None
         raise busy from None
     except OSError as error:
-        raise InputError(f"cannot write there ({error.strerror})", where=path.parent, code="bad-out") from None
+        raise InputError(
+            f"cannot write there ({error.strerror})", where=path.parent, code="bad-out"
+        ) from None
     try:
         yield
     finally:

@@ -19,7 +19,9 @@ def data_files(config: Config) -> list[Path]:
         InputError: a glob that matches nothing.
     """
     data = config.data
-    own = [device.data for device in config.devices if device.data] if isinstance(config.devices, list) else []
+    own = (
+        [device.data for device in config.devices if device.data] if isinstance(config.devices, list) else []
+    )
     several = [data.private, *own, *([data.test] if isinstance(data.test, str) else [])]
     names = [name for one in several for name in ([one] if isinstance(one, str) else one)]
     names += [name for name in data.public if name not in ("in_domain", "generic", "sampled")]

@@ -31,8 +31,8 @@ def default_workers() -> int:
 def run_jobs(function: Callable[..., Any], jobs: list[dict[str, Any]], workers: int | None) -> list[Any]:
     """Call the module-level `function` once per dict of keyword arguments; results in order.
 
-    Where there are several jobs each gets one thread, also with one worker, in this process: results do not depend on how
-    many run side by side. A single job runs in this process and gets all threads.
+    Where there are several jobs each gets one thread, also with one worker, in this process: results do not depend
+    on how many run side by side. A single job runs in this process and gets all threads.
     """
     workers = workers or default_workers()
     if len(jobs) == 1:

@@ -101,11 +101,16 @@ def answer_all(
             mask[i, -len(row) :] = 1
         with torch.inference_mode():
             output = generate(
-                ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=most, do_sample=False, num_beams=1,
+                ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=most,
+                do_sample=False, num_beams=1,
                 eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
             )  # fmt: skip
-        for question, text in zip(batch, tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True), strict=True):
-            answers.append(Answer(question.domain, question.prompt.strip(), question.completion.strip(), text.strip()))
+        for question, text in zip(
+            batch, tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True), strict=True
+        ):
+            answers.append(
+                Answer(question.domain, question.prompt.strip(), question.completion.strip(), text.strip())
+            )
         progress.say(f"[judge] {len(answers)}/{len(questions)} questions answered by the model")
     model.train(training)
     return answers
@@ -160,7 +165,9 @@ class _Cache:
                 for line in content.decode("utf-8", "replace").split("\n"):
                     self._read(line)
                 if content and not content.endswith(b"\n"):
-                    file.write(b"\n")  # The last line was cut off by a kill; what follows must not lengthen it.
+                    file.write(
+                        b"\n"
+                    )  # The last line was cut off by a kill; what follows must not lengthen it.
         except OSError as error:
             raise self._unusable(error) from None
 
@@ -183,7 +190,9 @@ class _Cache:
             case {"key": str(key), "model": str(), "score": int(score)} if 0 <= score <= 100:
                 self.scores[key] = score
             case _ if row is not None or line[: len(_CACHE_HEAD)] != _CACHE_HEAD[: len(line)]:
-                raise InputError("not a cache of the judge", where=self.path, fix="name a new file", code="judge-cache")
+                raise InputError(
+                    "not a cache of the judge", where=self.path, fix="name a new file", code="judge-cache"
+                )
 
     def _unusable(self, error: OSError) -> InputError:
         what = f"the cache cannot be read and written ({error.strerror})"
@@ -222,9 +231,16 @@ class _Endpoint:
         timeout = httpx.Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS))
         try:
             self.client = httpx.Client(headers=headers, timeout=timeout, follow_redirects=False)
-        except (ValueError, ImportError, OSError, httpx.InvalidURL):  # what the variables for proxies and authorities name
+        except (
+            ValueError,
+            ImportError,
+            OSError,
+            httpx.InvalidURL,
+        ):  # what the variables for proxies and authorities name
             what, where = "the proxy or the certificates that it names cannot be used", "the environment"
-            raise InputError(what, where=where, allowed="HTTPS_PROXY, SSL_CERT_FILE", code="judge-unreachable") from None
+            raise InputError(
+                what, where=where, allowed="HTTPS_PROXY, SSL_CERT_FILE", code="judge-unreachable"
+            ) from None
 
     def ask(self, prompt: str) -> _Reply:
         """The reply to one prompt; requests that the endpoint cannot serve now are repeated with growing pauses.
@@ -250,7 +266,9 @@ class _Endpoint:
                 reason = self._reason(status, body)
                 unwanted = [name for name in options if name in reason]
                 if status == 400 and unwanted:
-                    self._options = {name: value for name, value in self._options.items() if name not in unwanted}
+                    self._options = {
+                        name: value for name, value in self._options.items() if name not in unwanted
+                    }
                     continue
                 if status != 200 and status not in (408, 429) and status < 500:
                     raise self._refusal(status, reason)
@@ -297,14 +315,19 @@ class _Endpoint:
     def _refusal(self, status: int, reason: str) -> InputError:
         if status in (401, 403):
             return InputError(
-                f"the judge does not take the key: {reason}", where=self.host, fix=f"set {KEY_VARIABLE}", code="judge-key"
+                f"the judge does not take the key: {reason}",
+                where=self.host,
+                fix=f"set {KEY_VARIABLE}",
+                code="judge-key",
             )
         fix = "check --judge, whose path usually ends in /v1, and --judge-model"
         return InputError(f"the judge refuses: {reason}", where=self.host, fix=fix, code="judge-refused")
 
     def _unreachable(self, reason: str) -> InputError:
         fix = "try again later; with --judge-cache nothing is paid for twice"
-        return InputError(f"the judge does not answer: {reason}", where=self.host, fix=fix, code="judge-unreachable")
+        return InputError(
+            f"the judge does not answer: {reason}", where=self.host, fix=fix, code="judge-unreachable"
+        )
 
 
 def _read_reply(body: bytes) -> _Reply | None:
@@ -314,8 +337,13 @@ def _read_reply(body: bytes) -> _Reply | None:
         usage = answer.get("usage")
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return None
-    counts = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
-    return _Reply(text if isinstance(text, str) else "", *(n if type(n) is int and n >= 0 else None for n in counts))
+    counts = [
+        usage.get(name) if isinstance(usage, dict) else None
+        for name in ("prompt_tokens", "completion_tokens")
+    ]
+    return _Reply(
+        text if isinstance(text, str) else "", *(n if type(n) is int and n >= 0 else None for n in counts)
+    )
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
@@ -372,7 +400,9 @@ class Judge:
         if find_spec("httpx") is None:
             raise InputError("the judge needs httpx", fix="pip install deepfusion[judge]", code="no-httpx")
         if not model.strip():
-            raise InputError("the judge needs the name of a model", fix="give --judge-model", code="bad-input")
+            raise InputError(
+                "the judge needs the name of a model", fix="give --judge-model", code="bad-input"
+            )
         self.url, self.host = _endpoint_url(url)
         self.model, self.prices, self.seconds, self.pause = model, prices, seconds, pause
         self.prompt_sha256 = hashlib.sha256(PROMPT.encode()).hexdigest()
@@ -385,23 +415,35 @@ class Judge:
         """Say whose text will go where, before anything is sent."""
         clear = "" if self.url.startswith("https:") else ", unencrypted"
         texts = "question, reference and answer"
-        progress.say(f"[judge] the text of up to {documents} documents ({texts}) will leave this machine for {self.host}{clear}")
+        progress.say(
+            f"[judge] the text of up to {documents} documents ({texts}) will leave this machine for {self.host}{clear}"
+        )
 
     def score(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """Score answers, a few at a time.
 
         Returns:
-            `score` (mean of 0 to 100; None without any), `scored`, `unscored` (no score in the judge's replies), `cached`,
-            `model`, `prompt_sha256`; `prompt_tokens`, `completion_tokens` and `cost` of this call (None where the endpoint
-            does not count or no prices were given); and `score`, `scored`, `unscored` of each domain in `by_domain`.
+            `score` (mean of 0 to 100; None without any), `scored`, `unscored` (no score in the judge's replies),
+            `cached`, `model`, `prompt_sha256`; `prompt_tokens`, `completion_tokens` and `cost` of this call (None
+            where the
+            endpoint does not count or no prices were given); and `score`, `scored`, `unscored` of each domain in
+            `by_domain`.
 
         Raises:
             InputError: the endpoint refuses, or does not answer in the end. Scores up to then are in the cache.
         """
         keys = [self._cache_key(answer) for answer in answers]
-        known = {} if self._cache is None else {key: self._cache.scores[key] for key in keys if key in self._cache.scores}
+        known = (
+            {}
+            if self._cache is None
+            else {key: self._cache.scores[key] for key in keys if key in self._cache.scores}
+        )
         there = sum(key in known for key in keys)
-        sent = f"{len(answers) - there} are sent to {self.host}" if there < len(answers) else "nothing is sent, nothing to pay"
+        sent = (
+            f"{len(answers) - there} are sent to {self.host}"
+            if there < len(answers)
+            else "nothing is sent, nothing to pay"
+        )
         progress.say(f"[judge] {there} of {len(answers)} answers are in the cache; {sent}")
         endpoint = _Endpoint(self.url, self.host, self.model, self._key, self.seconds, self.pause)
 
@@ -435,7 +477,10 @@ class Judge:
             score = parse_score(replies[-1].text)
         if score is not None and self._cache is not None:
             self._cache.add(key, self.model, score)
-        tokens = _sum([reply.prompt_tokens for reply in replies]), _sum([reply.completion_tokens for reply in replies])
+        tokens = (
+            _sum([reply.prompt_tokens for reply in replies]),
+            _sum([reply.completion_tokens for reply in replies]),
+        )
         return _Verdict(answer.domain, score, False, *tokens)
 
     def _cache_key(self, answer: Answer) -> str:
@@ -443,13 +488,20 @@ class Judge:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _summary(self, verdicts: list[_Verdict]) -> dict[str, Any]:
-        prompt, completion = _sum([v.prompt_tokens for v in verdicts]), _sum([v.completion_tokens for v in verdicts])
+        prompt, completion = (
+            _sum([v.prompt_tokens for v in verdicts]),
+            _sum([v.completion_tokens for v in verdicts]),
+        )
         cost = None
         if self.prices is not None and prompt is not None and completion is not None:
             cost = (prompt * self.prices[0] + completion * self.prices[1]) / 1e6
         total = _mean(verdicts)
         mean = "none" if total["score"] is None else f"{total['score']:.1f} of 100"
-        left = f"; {total['unscored']} without a score in the judge's replies, left out of the mean" if total["unscored"] else ""
+        left = (
+            f"; {total['unscored']} without a score in the judge's replies, left out of the mean"
+            if total["unscored"]
+            else ""
+        )
         progress.say(f"[judge] mean of {total['scored']} scores: {mean}{left}")
         return {
             **total,
@@ -475,7 +527,12 @@ def parse_prices(text: str) -> tuple[float, float]:
     number = r"\s*(\d{1,12}(?:\.\d+)?)\s*"
     found = re.fullmatch(f"{number},{number}", text, re.ASCII)
     if not found:
-        raise InputError(f"{text!r} are no prices", where="--judge-prices", allowed="IN,OUT such as 0.15,0.60", code="bad-value")
+        raise InputError(
+            f"{text!r} are no prices",
+            where="--judge-prices",
+            allowed="IN,OUT such as 0.15,0.60",
+            code="bad-value",
+        )
     return float(found[1]), float(found[2])
 
 
@@ -496,7 +553,9 @@ def _endpoint_url(url: str) -> tuple[str, str]:
     try:
         parts = urlsplit(url)
         httpx.URL(url)
-        sound = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+        sound = (
+            parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+        )
     except (ValueError, httpx.InvalidURL):
         sound = False
     if not sound or "@" in parts.netloc or parts.query or parts.fragment:

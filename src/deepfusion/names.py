@@ -22,7 +22,9 @@ ALLOWED = (
     "no dot at the ends and no dash in front"
 )
 _DIGEST = 8  # hex digits
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # Windows opens a device under these names
+_RESERVED = re.compile(
+    r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE
+)  # Windows opens a device under these names
 
 
 def is_device_id(name: str) -> bool:
@@ -46,7 +48,9 @@ def check_device_id(name: str) -> str:
         InputError: it cannot.
     """
     if not is_device_id(name):
-        raise InputError("not a name of a device", where=f"{name[:100]!r}", allowed=ALLOWED, code="bad-device-name")
+        raise InputError(
+            "not a name of a device", where=f"{name[:100]!r}", allowed=ALLOWED, code="bad-device-name"
+        )
     return name
 
 
@@ -61,7 +65,8 @@ DeviceId = Annotated[str, AfterValidator(_valid)]
 
 
 def device_id(name: str, salt: str = "") -> str:
-    """The id of what somebody called `name`: the name itself where that is allowed, else what is readable of it and a digest.
+    """The id of what somebody called `name`: the name itself where that is allowed, else what is readable of it and a
+    digest.
 
     Args:
         name: any text, also one that is not valid Unicode.
@@ -71,7 +76,11 @@ def device_id(name: str, salt: str = "") -> str:
         return name
     digest = hashlib.sha256((salt + name).encode("utf-8", "surrogatepass")).hexdigest()[:_DIGEST]
     words = "".join(c if _is_plain(c) else " " for c in unicodedata.normalize("NFC", name)).split()
-    readable = "-".join(words)[: MAX_CHARACTERS - _DIGEST - 1].encode()[: MAX_BYTES - _DIGEST - 1].decode("utf-8", "ignore")
+    readable = (
+        "-".join(words)[: MAX_CHARACTERS - _DIGEST - 1]
+        .encode()[: MAX_BYTES - _DIGEST - 1]
+        .decode("utf-8", "ignore")
+    )
     while readable and (readable[0] in ".-" or unicodedata.category(readable[0]).startswith("M")):
         readable = readable[1:]
     found = f"{readable.rstrip('.-') or 'device'}-{digest}"

@@ -35,10 +35,31 @@ from deepfusion.learning.memory import estimate_training_bytes, require_memory
 from deepfusion.models.architecture import parameter_total, read_config
 from deepfusion.models.presets import base_checkpoint, local_digest
 from deepfusion.report.page import is_report
-from deepfusion.stages import cluster, device, distill, evaluate, merge, proxy, receive, registry, report, tune
+from deepfusion.stages import (
+    cluster,
+    device,
+    distill,
+    evaluate,
+    merge,
+    proxy,
+    receive,
+    registry,
+    report,
+    tune,
+)
 from deepfusion.uploads.intake import Survey, given_folders, survey
 
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "tokenizers", "scikit-learn", "numpy")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+    "scikit-learn",
+    "numpy",
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +97,8 @@ STAGES = (
     Stage("cluster", cluster.run, {"registry": "registry.json"}, ("clusters.json",), ("seed", "experts", "clustering")),
     Stage(
         "proxy", proxy.run,
-        {"uploads": "uploads", "registry": "registry.json", "clusters": "clusters.json"}, ("proxies",), ("clustering.average",),
+        {"uploads": "uploads", "registry": "registry.json", "clusters": "clusters.json"}, ("proxies",),
+        ("clustering.average",),
         ("types",),
     ),
     Stage(
@@ -108,7 +130,9 @@ _REDONE = ("report",)  # cheap, and it shows the seconds of all others
 
 
 def given(uploads: Path) -> Stage:
-    """In place of the device stage: take these uploads or plain checkpoints, or all uploads of another run, late ones too."""
+    """In place of the device stage: take these uploads or plain checkpoints, or all uploads of another run, late ones
+    too.
+    """
     folder, late = given_folders(Path(os.path.abspath(uploads)))
     inputs = {"given": str(folder), **({"late": str(late)} if late is not None else {})}
     keys = ("seed", "precision", "device.encoder", "device.embedding_size")
@@ -116,7 +140,12 @@ def given(uploads: Path) -> Stage:
 
 
 def run(
-    config: Config, out: Path, *, instead: Sequence[Stage] = (), first: str | None = None, last: str | None = None
+    config: Config,
+    out: Path,
+    *,
+    instead: Sequence[Stage] = (),
+    first: str | None = None,
+    last: str | None = None,
 ) -> dict[str, Any]:
     """Run the pipeline in the folder `out`, or continue it there, or redo what a changed config touches.
 
@@ -138,13 +167,17 @@ def run(
         if name not in NAMES:
             raise InputError(f"there is no stage {name}", allowed=", ".join(NAMES), code="unknown-stage")
     if first and last and NAMES.index(first) > NAMES.index(last):
-        raise InputError(f"--from {first} comes after --until {last}", allowed=" -> ".join(NAMES), code="unknown-stage")
+        raise InputError(
+            f"--from {first} comes after --until {last}", allowed=" -> ".join(NAMES), code="unknown-stage"
+        )
     given_paths = [Path(path) for stage in instead for path in stage.inputs.values() if os.path.isabs(path)]
     shown, out = out, claim_run(out, [*local_inputs(config), *given_paths])
     asked, found = config, _given_models(stages[0])
     config, teachers, word = _prepared(asked, stages[0], found)
     make(out)
-    busy = InputError("another process works in this run folder", where=out, fix="wait for it", code="run-busy")
+    busy = InputError(
+        "another process works in this run folder", where=out, fix="wait for it", code="run-busy"
+    )
     with locked(out / LOCK, busy):
         manifest = _open_manifest(out, config)
         _refuse_another_federation(manifest, stages[0], config, out, first)
@@ -167,9 +200,15 @@ def run(
             key = _stage_key(stage, config, out)
             entry = manifest["stages"].get(stage.name, {})
             fresh = entry.get("status") == "done" and entry.get("key") == key and not redo
-            if fresh and stage.name not in _REDONE and all((out / path).exists() for path in entry["digests"]):
+            if (
+                fresh
+                and stage.name not in _REDONE
+                and all((out / path).exists() for path in entry["digests"])
+            ):
                 remove(out / ".work" / stage.name)  # of a run that was killed while it cleaned up
-                progress.say(f"[{stage.name}] unchanged, done in {progress.duration(entry['seconds'])} before")
+                progress.say(
+                    f"[{stage.name}] unchanged, done in {progress.duration(entry['seconds'])} before"
+                )
             else:
                 _run_stage(stage, config, out, key, manifest, redo=stage.name == first)
             if stage.name == last:
@@ -194,7 +233,9 @@ def read_manifest(out: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"not valid JSON ({error})", where=path, code="no-run") from None
     if not is_run(out):
-        raise InputError("not the manifest of a run", where=path, fix="deepfusion run --out RUN makes one", code="no-run")
+        raise InputError(
+            "not the manifest of a run", where=path, fix="deepfusion run --out RUN makes one", code="no-run"
+        )
     return found
 
 
@@ -207,14 +248,25 @@ def status(out: Path) -> dict[str, Any]:
     return {"run": str(out), "stages": rows}
 
 
-def _run_stage(stage: Stage, config: Config, out: Path, key: str, manifest: dict[str, Any], redo: bool) -> None:
+def _run_stage(
+    stage: Stage, config: Config, out: Path, key: str, manifest: dict[str, Any], redo: bool
+) -> None:
     work = out / ".work" / stage.name
     if open_work(work, key, anew=redo):
         progress.say(f"[{stage.name}] continues")
     before = manifest["stages"].get(stage.name, {})
     # What stands here is what we made: whatever is otherwise at its place was changed, and is nothing to remove.
-    known: list[dict[str, str]] = [*before.get("known", []), *([before["digests"]] if before.get("digests") else [])]
-    entry: dict[str, Any] = {"status": "running", "key": key, "seconds": None, "peak_rss_bytes": None, "known": known}
+    known: list[dict[str, str]] = [
+        *before.get("known", []),
+        *([before["digests"]] if before.get("digests") else []),
+    ]
+    entry: dict[str, Any] = {
+        "status": "running",
+        "key": key,
+        "seconds": None,
+        "peak_rss_bytes": None,
+        "known": known,
+    }
     entry["source"] = _source(stage)
     manifest["stages"][stage.name] = entry
     _write_manifest(out, manifest)
@@ -236,13 +288,20 @@ def _run_stage(stage: Stage, config: Config, out: Path, key: str, manifest: dict
         # From here on a killed run only has to move the outputs.
         made = [path for path in stage.outputs if (work / "out" / path).exists()]
         digests = {path: _digest(work / "out" / path) for path in made}
-        facts = {"digests": digests, "summary": summary, "seconds": watch.seconds, "peak_rss_bytes": watch.peak}
+        facts = {
+            "digests": digests,
+            "summary": summary,
+            "seconds": watch.seconds,
+            "peak_rss_bytes": watch.peak,
+        }
         write_whole(finished, json.dumps(facts))
     found = json.loads(finished.read_text("utf-8"))
     known.append(found["digests"])  # a run that is killed among the lines below leaves some of these behind
     _write_manifest(out, manifest)
     for path in stage.outputs:
-        if (work / "out" / path).exists() or path not in found["digests"]:  # what an earlier config made goes too
+        if (work / "out" / path).exists() or path not in found[
+            "digests"
+        ]:  # what an earlier config made goes too
             _retire(out, path, work, known)
         if (work / "out" / path).exists():
             (out / path).parent.mkdir(parents=True, exist_ok=True)
@@ -276,7 +335,9 @@ def _source(stage: Stage) -> str:
 
 
 def _retire(out: Path, name: str, work: Path, known: list[dict[str, str]]) -> None:
-    """Takes an earlier output out of the way: to be removed with the work folder where it is as we made it, else to be kept."""
+    """Takes an earlier output out of the way: to be removed with the work folder where it is as we made it, else to
+    be kept.
+    """
     old = out / name
     if not os.path.lexists(old):
         return
@@ -305,10 +366,16 @@ def _is_model_card(path: Path) -> bool:
 
 def _open_manifest(out: Path, config: Config) -> dict[str, Any]:
     manifest = read_manifest(out) if (out / "manifest.json").is_file() else {"stages": {}}
-    return manifest | provenance() | {"seed": config.seed, "argv": sys.argv, "config_digest": config_digest(config)}
+    return (
+        manifest
+        | provenance()
+        | {"seed": config.seed, "argv": sys.argv, "config_digest": config_digest(config)}
+    )
 
 
-def _refuse_another_federation(manifest: dict[str, Any], stage: Stage, config: Config, out: Path, first: str | None) -> None:
+def _refuse_another_federation(
+    manifest: dict[str, Any], stage: Stage, config: Config, out: Path, first: str | None
+) -> None:
     entry = manifest["stages"].get(stage.name)
     if entry is None or first == stage.name or entry["key"] == _stage_key(stage, config, out):
         return
@@ -316,7 +383,11 @@ def _refuse_another_federation(manifest: dict[str, Any], stage: Stage, config: C
     if not trained and "given" in stage.inputs:
         progress.say(f"[{stage.name}] the uploads are not those of the last run: they are taken again")
         return  # copies of what lies elsewhere: nothing can be lost
-    if not any(card for work in (out, out / ".work" / stage.name / "out") for card in work.glob("uploads/*/card.json")):
+    if not any(
+        card
+        for work in (out, out / ".work" / stage.name / "out")
+        for card in work.glob("uploads/*/card.json")
+    ):
         return  # nothing was trained yet that could be lost
     if trained and "given" in stage.inputs:
         what = "the run folder holds uploads of devices of its own"
@@ -332,7 +403,9 @@ def _given_models(source: Stage) -> Survey | None:
     """The models that take the place of devices; None where devices train."""
     if source.run is not receive.run:
         return None
-    return survey(Path(source.inputs["given"]), Path(source.inputs["late"]) if "late" in source.inputs else None)
+    return survey(
+        Path(source.inputs["given"]), Path(source.inputs["late"]) if "late" in source.inputs else None
+    )
 
 
 def _prepared(asked: Config, source: Stage, found: Survey | None) -> tuple[Config, list[bases.Teacher], str]:
@@ -343,7 +416,11 @@ def _prepared(asked: Config, source: Stage, found: Survey | None) -> tuple[Confi
     if "devices" not in source.keys:
         return asked, [], "uploads"  # they came from elsewhere, and the registry will tell
     teachers = bases.teachers_of_config(asked)
-    return bases.with_base(asked, teachers), teachers, "devices" if isinstance(asked.devices, list) else "types of devices"
+    return (
+        bases.with_base(asked, teachers),
+        teachers,
+        "devices" if isinstance(asked.devices, list) else "types of devices",
+    )
 
 
 def _say(lines: Sequence[str], before: Sequence[str]) -> Sequence[str]:
@@ -360,7 +437,8 @@ def _check_feasible(config: Config, out: Path) -> None:
     base = read_config(base_checkpoint(config.distill.base, config.family))
     moe = moe_config(base, bases.layout(config))
     weights = 4 * parameter_total(base)
-    # K bases, a trunk, the merged MoE, its control and the tuned two, and the checkpoints of a training (weights, two moments).
+    # K bases, a trunk, the merged MoE, its control and the tuned two, and the checkpoints of a training (weights, two
+    # moments).
     disk = (config.experts + 1) * weights + 4 * config.experts * weights + 6 * config.experts * weights
     free = shutil.disk_usage(out).free
     if disk > free:
@@ -424,7 +502,9 @@ class _Watch:
         self.thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop.set()
         self.thread.join()
 

@@ -44,7 +44,13 @@ def say_once(message: str) -> None:
 def record(stage: str, unit: str, step: int, total_steps: int, values: dict[str, float]) -> None:
     """One row of metrics.jsonl."""
     if _folder is not None:
-        row: dict[str, Any] = {"time": time.time(), "stage": stage, "unit": unit, "step": step, "total_steps": total_steps}
+        row: dict[str, Any] = {
+            "time": time.time(),
+            "stage": stage,
+            "unit": unit,
+            "step": step,
+            "total_steps": total_steps,
+        }
         _append(_folder / "metrics.jsonl", json.dumps(row | values))
 
 
@@ -61,7 +67,8 @@ def resident_bytes() -> int:
 
 
 def _append(path: Path, line: str) -> None:
-    # O_APPEND: several worker processes write to the same file, and a short line is written whole. Names of files may hold
+    # O_APPEND: several worker processes write to the same file, and a short line is written whole. Names of files may
+    # hold
     # bytes that are no text.
     with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(line + "\n")

@@ -1,4 +1,6 @@
-"""What an ablation changes: one group a question, one variant a change of the config, all else as in the unchanged method."""
+"""What an ablation changes: one group a question, one variant a change of the config, all else as in the unchanged
+method.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ from deepfusion_bench.cells import Cell
 class Variant:
     """One row of an ablation table: `own` changes the server's work alone, `shared` the devices' too.
 
-    `name` is unique among the variants of a method, over all groups: results are stored by it. It is compared with the variant
-    `against` of the same method; without one, with the unchanged method.
+    `name` is unique among the variants of a method, over all groups: results are stored by it. It is compared with
+    the variant `against` of the same method; without one, with the unchanged method.
     """
 
     method: str
@@ -29,14 +31,18 @@ class Variant:
 
 
 def _each(method: str, **changes: str) -> tuple[Variant, ...]:
-    return tuple(Variant(method, name.replace("_", "-"), tuple(change.split())) for name, change in changes.items())
+    return tuple(
+        Variant(method, name.replace("_", "-"), tuple(change.split())) for name, change in changes.items()
+    )
 
 
 _TWO_SCHEDULES = Variant("fused", "two-schedules", ("distill.handover=0",))
 
 
 def _two_schedules(*variants: Variant) -> tuple[Variant, ...]:
-    """Variants measured before one schedule over distillation and tuning was the default; so is what they are compared with."""
+    """Variants measured before one schedule over distillation and tuning was the default; so is what they are
+    compared with.
+    """
     return tuple(replace(v, own=(*_TWO_SCHEDULES.own, *v.own), against=_TWO_SCHEDULES.name) for v in variants)
 
 
@@ -74,7 +80,10 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
     ),
     "losses": (
         *_each(
-            "paper", beta_0="distill.beta=0 distill.chunk_weight=0", beta_3="distill.beta=3", temperature_2="distill.temperature=2"
+            "paper",
+            beta_0="distill.beta=0 distill.chunk_weight=0",
+            beta_3="distill.beta=3",
+            temperature_2="distill.temperature=2",
         ),
         *_each(
             "fused",
@@ -84,7 +93,8 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
             no_chunks="distill.chunk_weight=0 tune.chunk_weight=0",
             no_ce="distill.ce_weight=0 tune.ce_weight=0",
         ),
-        # The same care for the baselines: the weight of what they take from their teachers, and the weights of FedMKT's own code.
+        # The same care for the baselines: the weight of what they take from their teachers, and the weights of
+        # FedMKT's own code.
         *_each("fedkmt", as_published="distill.ce_weight=0.9 distill.beta=0.1", beta_3="distill.beta=3"),
         *_each("ofakd", beta_03="distill.beta=0.3", beta_3="distill.beta=3"),
     ),
@@ -103,7 +113,7 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
                 long_tune_equal_flops="distill.steps=160 tune.steps=200",
                 trunk_only_equal_flops="distill.steps=480 tune.steps=0",  # its experts are equal: a dense model
                 four_times_the_server="distill.steps=1280 tune.steps=400",
-            ),
+            )
         ),
         *_each("fused", twice_the_server="distill.steps=640 tune.steps=200"),
     ),
@@ -119,19 +129,26 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
     "learning-rates": (
         *_two_schedules(
             *(
-                Variant(method, f"lr-{rate:g}", (f"distill.learning_rate={rate}", f"tune.learning_rate={rate}"))
+                Variant(
+                    method, f"lr-{rate:g}", (f"distill.learning_rate={rate}", f"tune.learning_rate={rate}")
+                )
                 for method in ("fused", "paper", "fedkmt", "ofakd", "public")
                 for rate in (1e-3, 4e-3)
             )
         ),
         *_each("fedjets", **{f"lr_{rate:g}": f"device.learning_rate={rate}" for rate in (1e-3, 4e-3)}),
     ),
-    # A schedule each for distillation and tuning, in place of one over both; and a rate that does not fall before the MoE is tuned.
+    # A schedule each for distillation and tuning, in place of one over both; and a rate that does not fall before the
+    # MoE is tuned.
     "schedule": (
-        *(replace(_TWO_SCHEDULES, method=method) for method in ("fused", "paper", "fedkmt", "ofakd", "public")),
+        *(
+            replace(_TWO_SCHEDULES, method=method)
+            for method in ("fused", "paper", "fedkmt", "ofakd", "public")
+        ),
         *_each("fused", handover_1="distill.handover=1"),
     ),
-    # Does the upper bound train to convergence, and at which rate? The tables take the best of these on held-out text as the bound.
+    # Does the upper bound train to convergence, and at which rate? The tables take the best of these on held-out text
+    # as the bound.
     "centralized": _each(
         "centralized",
         half="tune.steps=1200 device.epochs=3",
@@ -167,7 +184,12 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
             "fused",
             "sampled-only-proxies-16",
             against="sampled-only",
-            own=("data.public=[sampled]", "distill.sampled_ce=0", "data.sampled_documents=96", "clustering.proxies=16"),
+            own=(
+                "data.public=[sampled]",
+                "distill.sampled_ce=0",
+                "data.sampled_documents=96",
+                "clustering.proxies=16",
+            ),
         ),
         *_each("paper", sampled_only="data.public=[sampled] data.sampled_documents=384"),
         *_two_schedules(
@@ -187,7 +209,13 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
             for method in ("fused", "paper")
             for name, change in (("all-llama", "device.types=[tiny-llama]"), ("by-domain", _BY_DOMAIN))
         ),
-        Variant("fused", "by-domain-proxies-16", shared=(_BY_DOMAIN,), own=("clustering.proxies=16",), against="by-domain"),
+        Variant(
+            "fused",
+            "by-domain-proxies-16",
+            shared=(_BY_DOMAIN,),
+            own=("clustering.proxies=16",),
+            against="by-domain",
+        ),
     ),
 }
 
@@ -195,7 +223,9 @@ _KNOWN = {(variant.method, variant.name): variant for group in ABLATIONS.values(
 
 
 def row_cell(name: str, case: str, devices: int, seed: int, given: tuple[str, ...] = ()) -> Cell:
-    """The cell of a row of the tables: `name` is a method or, with a slash, one of its variants; `given` holds for all."""
+    """The cell of a row of the tables: `name` is a method or, with a slash, one of its variants; `given` holds for
+    all.
+    """
     method, _, variant = name.partition("/")
     found = _KNOWN[method, variant] if variant else Variant(method, "")
     return found.cell(case, devices, seed, given)
@@ -220,13 +250,22 @@ def ablation_cells(
     """
     for group in groups:
         if group not in ABLATIONS:
-            raise InputError(f"there is no ablation {group}", allowed=", ".join(ABLATIONS), code="unknown-ablation")
+            raise InputError(
+                f"there is no ablation {group}", allowed=", ".join(ABLATIONS), code="unknown-ablation"
+            )
     variants = [variant for group in groups for variant in ABLATIONS[group]]
     names = dict.fromkeys(variant.name for variant in variants)
     for name in only or ():
         if name not in names:
             allowed = ", ".join(names)
-            raise InputError(f"there is no variant {name}", where=", ".join(groups), allowed=allowed, code="unknown-ablation")
+            raise InputError(
+                f"there is no variant {name}",
+                where=", ".join(groups),
+                allowed=allowed,
+                code="unknown-ablation",
+            )
     variants = [variant for variant in variants if only is None or variant.name in only]
     compared = [_KNOWN.get((v.method, v.against), Variant(v.method, "")) for v in variants]
-    return [v.cell(case, devices, seed, given) for seed in seeds for v in dict.fromkeys((*compared, *variants))]
+    return [
+        v.cell(case, devices, seed, given) for seed in seeds for v in dict.fromkeys((*compared, *variants))
+    ]

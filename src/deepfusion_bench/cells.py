@@ -61,7 +61,9 @@ class Cell:
     @property
     def name(self) -> str:
         """Its file name, without the ending."""
-        return "-".join(filter(None, (self.case, str(self.devices), f"seed{self.seed}", self.method, self.variant)))
+        return "-".join(
+            filter(None, (self.case, str(self.devices), f"seed{self.seed}", self.method, self.variant))
+        )
 
     @property
     def file(self) -> Path:
@@ -80,15 +82,19 @@ class Cell:
         return load_config(self.file, [*self.shared, *fixed, *overrides])
 
 
-def run_cells(cells: Sequence[Cell], runs: Path, results: Path, workers: int | None = None) -> list[dict[str, Any]]:
-    """Run the cells that have no result yet, side by side; results in order. A cell that fails does not stop the others.
+def run_cells(
+    cells: Sequence[Cell], runs: Path, results: Path, workers: int | None = None
+) -> list[dict[str, Any]]:
+    """Run the cells that have no result yet, side by side; results in order. A cell that fails does not stop the
+    others.
 
     Args:
         runs: folder of the run folders, from which a killed cell continues.
         results: folder with one JSON file per finished cell.
 
     Raises:
-        InputError: a stored result of that name belongs to another config, or, after all others have run, cells have failed.
+        InputError: a stored result of that name belongs to another config, or, after all others have run, cells
+            have failed.
     """
     claim_bench(runs)
     results = place(results)
@@ -100,8 +106,13 @@ def run_cells(cells: Sequence[Cell], runs: Path, results: Path, workers: int | N
     blocks: dict[Path, list[Cell]] = {}
     for cell in open_:
         blocks.setdefault(_uploads(cell, runs), []).append(cell)
-    tasks = [{"cell": cell, "devices_only": only, "runs": runs, "results": results} for cell, only in _ahead([*blocks.values()])]
-    failed = sorted({name for name in run_jobs(_task, tasks, workers or default_workers()) if name is not None})
+    tasks = [
+        {"cell": cell, "devices_only": only, "runs": runs, "results": results}
+        for cell, only in _ahead([*blocks.values()])
+    ]
+    failed = sorted(
+        {name for name in run_jobs(_task, tasks, workers or default_workers()) if name is not None}
+    )
     if failed:
         what = f"{len(failed)} of {len(cells)} cells failed: {', '.join(failed)}"
         fix = "mend what is said above of each; the same command runs them alone"
@@ -134,8 +145,13 @@ def read_cell(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text("utf-8"))
     except ValueError:
         found = None
-    if not isinstance(found, dict) or not {"case", "devices", "seed", "method", "overrides", "case_digest"} <= found.keys():
-        raise InputError("not a result of the bench", where=path, fix="choose another --results", code="not-a-cell")
+    if (
+        not isinstance(found, dict)
+        or not {"case", "devices", "seed", "method", "overrides", "case_digest"} <= found.keys()
+    ):
+        raise InputError(
+            "not a result of the bench", where=path, fix="choose another --results", code="not-a-cell"
+        )
     return found
 
 
@@ -160,7 +176,9 @@ def stored(cell: Cell, results: Path) -> dict[str, Any] | None:
 
 
 def _ahead(blocks: list[list[Cell]]) -> Iterator[tuple[Cell, bool]]:
-    """Cells, and before them their devices alone, two blocks ahead, so that no worker waits for devices to be trained."""
+    """Cells, and before them their devices alone, two blocks ahead, so that no worker waits for devices to be
+    trained.
+    """
     need = [next((cell for cell in block if not METHODS[cell.method].alone), None) for block in blocks]
     yield from ((cell, True) for cell in need[:2] if cell)
     for number, block in enumerate(blocks):
@@ -190,7 +208,10 @@ def _run(cell: Cell, devices_only: bool, runs: Path, results: Path) -> None:
     started = time.time()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # their lines are in each run's log.txt
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stderr(nowhere),
+    ):  # their lines are in each run's log.txt
         uploads = _uploads(cell, runs)
         if not METHODS[cell.method].alone:
             uploads.parent.mkdir(parents=True, exist_ok=True)
@@ -202,16 +223,22 @@ def _run(cell: Cell, devices_only: bool, runs: Path, results: Path) -> None:
     found["seconds_of_last_call"] = round(time.time() - started, 1)
     results.mkdir(parents=True, exist_ok=True)
     write_whole(results / f"{cell.name}.json", json.dumps(found, indent=1) + "\n")
-    numbers = found["validation"]["mean_over_domains"]  # who looks at a bench while it runs should not choose by test text
+    numbers = found["validation"][
+        "mean_over_domains"
+    ]  # who looks at a bench while it runs should not choose by test text
     shown = f"{numbers['log_perplexity']:.4f} nats per token, {numbers['bits_per_byte']:.4f} bits per byte"
     progress.attach(None)
-    progress.say(f"[bench] {cell.name}: on validation text {shown}, took {progress.duration(found['seconds_of_last_call'])}")
+    progress.say(
+        f"[bench] {cell.name}: on validation text {shown}, took {progress.duration(found['seconds_of_last_call'])}"
+    )
 
 
 def _request(cell: Cell) -> str:
     """Digest of all that a cell is made of, so that what another one has measured is never taken for it."""
     config = cell.config(*cell.own)
-    return request(config, base_checkpoint(config.distill.base, config.family), cell.method, *cell.shared, *cell.own)
+    return request(
+        config, base_checkpoint(config.distill.base, config.family), cell.method, *cell.shared, *cell.own
+    )
 
 
 def _measured(cell: Cell, uploads: Path, out: Path) -> dict[str, Any]:
@@ -235,9 +262,14 @@ def _measured(cell: Cell, uploads: Path, out: Path) -> dict[str, Any]:
         for place, (name, folder) in enumerate(made.models.items())
     }  # fmt: skip
     if made.pick == "mean":
-        found = {text: {"mean_over_domains": _mean([m[text]["mean_over_domains"] for m in models.values()])} for text in texts}
+        found = {
+            text: {"mean_over_domains": _mean([m[text]["mean_over_domains"] for m in models.values()])}
+            for text in texts
+        }
     else:
-        found = models[min(models, key=lambda name: models[name]["validation"]["mean_over_domains"]["bits_per_byte"])]
+        found = models[
+            min(models, key=lambda name: models[name]["validation"]["mean_over_domains"]["bits_per_byte"])
+        ]
     device_work: dict[str, float] = dict.fromkeys(WORK, 0)
     transport, device_seconds = made.transport or dict.fromkeys(TRANSPORT, 0), 0
     if made.transport:
@@ -261,7 +293,9 @@ def _measured(cell: Cell, uploads: Path, out: Path) -> dict[str, Any]:
         "facts": made.facts,
         "config": made.config.model_dump(mode="json"),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "precision": sorted({resolve_precision(config.precision, read_config(folder)) for folder in made.models.values()}),
+        "precision": sorted(
+            {resolve_precision(config.precision, read_config(folder)) for folder in made.models.values()}
+        ),
         "device_seconds": device_seconds,
         **pipeline.provenance(),
     }

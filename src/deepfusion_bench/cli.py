@@ -12,15 +12,24 @@ from deepfusion.config import MOST_DEVICES, MOST_WORKERS
 from deepfusion.errors import InputError
 from deepfusion.folders import claim_file, make, write_whole
 
-bench_app = typer.Typer(help="Tables against the baselines, made by runs that anybody can repeat.", no_args_is_help=True)
+bench_app = typer.Typer(
+    help="Tables against the baselines, made by runs that anybody can repeat.", no_args_is_help=True
+)
 
-Cases = Annotated[list[str] | None, typer.Option("--case", help="medical or finance (repeatable); default both")]
-Out = Annotated[Path, typer.Option(help="folder of the run folders, from which a killed bench continues")]
-Results = Annotated[Path | None, typer.Option(help="folder of one JSON file per finished cell; default OUT/results")]
-Workers = Annotated[
-    int | None, typer.Option(min=1, max=MOST_WORKERS, help="cells side by side, one thread each; default: the cores")
+Cases = Annotated[
+    list[str] | None, typer.Option("--case", help="medical or finance (repeatable); default both")
 ]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value for every cell, may be repeated")]
+Out = Annotated[Path, typer.Option(help="folder of the run folders, from which a killed bench continues")]
+Results = Annotated[
+    Path | None, typer.Option(help="folder of one JSON file per finished cell; default OUT/results")
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, max=MOST_WORKERS, help="cells side by side, one thread each; default: the cores"),
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="key=value for every cell, may be repeated")
+]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout, nothing else")]
 
 
@@ -28,7 +37,9 @@ Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout, n
 def paper(
     case: Cases = None,
     devices: Annotated[str, typer.Option(help="numbers of devices, such as 16,32,64,128")] = "16,32",
-    methods: Annotated[str, typer.Option(help="methods, such as fused,paper,fedjets; all: every one")] = "all",
+    methods: Annotated[
+        str, typer.Option(help="methods, such as fused,paper,fedjets; all: every one")
+    ] = "all",
     seeds: Annotated[int, typer.Option(help="number of seeds: 0, 1, ...", min=1, max=1000)] = 3,
     out: Out = Path("runs/bench"),
     results: Results = None,
@@ -58,9 +69,13 @@ def paper(
 
 @bench_app.command("ablation")
 def ablation(
-    groups: Annotated[list[str] | None, typer.Argument(help="which ablations, or all; without any they are listed")] = None,
+    groups: Annotated[
+        list[str] | None, typer.Argument(help="which ablations, or all; without any they are listed")
+    ] = None,
     case: Cases = None,
-    variants: Annotated[str | None, typer.Option(help="only these, such as no-features,causal; default all of the groups")] = None,
+    variants: Annotated[
+        str | None, typer.Option(help="only these, such as no-features,causal; default all of the groups")
+    ] = None,
     devices: Annotated[int, typer.Option(help="number of devices", min=1, max=MOST_DEVICES)] = 16,
     seeds: Annotated[int, typer.Option(help="number of seeds: 0, 1, ...", min=1, max=1000)] = 1,
     out: Out = Path("runs/bench"),
@@ -78,7 +93,9 @@ def ablation(
         return _print_ablations(json_)
     chosen = list(ABLATIONS) if groups == ["all"] else groups
     only, given = variants.split(",") if variants else None, tuple(set or ())
-    cells = [cell for c in _cases(case) for cell in ablation_cells(chosen, c, devices, range(seeds), given, only)]
+    cells = [
+        cell for c in _cases(case) for cell in ablation_cells(chosen, c, devices, range(seeds), given, only)
+    ]
     folder = results or out / "results"
     claim_page(out / "results.md")
     run_cells(cells, out, folder, workers)
@@ -88,7 +105,9 @@ def ablation(
 @bench_app.command("costs")
 def costs_command(
     rounds: Annotated[int, typer.Option(help="rounds of FedJETS", min=1, max=1000)] = 4,
-    measure: Annotated[bool, typer.Option(help="also measure peak memory on this machine, for some minutes")] = False,
+    measure: Annotated[
+        bool, typer.Option(help="also measure peak memory on this machine, for some minutes")
+    ] = False,
     out: Annotated[Path, typer.Option(help="JSON file to write")] = Path("runs/bench/costs.json"),
     json_: Json = False,
 ) -> None:
@@ -107,8 +126,12 @@ def costs_command(
 @bench_app.command("page")
 def page_command(
     results: Annotated[Path, typer.Option(help="folder of results")] = Path("benchmarks/results/bench"),
-    costs: Annotated[Path, typer.Option(help="JSON file of `bench costs`")] = Path("benchmarks/results/costs.json"),
-    out: Annotated[Path, typer.Option(help="Markdown page to write; plots lie beside it")] = Path("docs/results.md"),
+    costs: Annotated[Path, typer.Option(help="JSON file of `bench costs`")] = Path(
+        "benchmarks/results/costs.json"
+    ),
+    out: Annotated[Path, typer.Option(help="Markdown page to write; plots lie beside it")] = Path(
+        "docs/results.md"
+    ),
 ) -> None:
     """Write the page of all results; equal results give an equal page."""
     from deepfusion_bench.plots import claim_page, write_plots
@@ -116,7 +139,12 @@ def page_command(
 
     out = claim_page(out)
     if not any(results.glob("*.json")):
-        raise InputError("no results in this folder", where=results, fix="deepfusion bench paper makes some", code="no-results")
+        raise InputError(
+            "no results in this folder",
+            where=results,
+            fix="deepfusion bench paper makes some",
+            code="no-results",
+        )
     text = page(results, costs)
     make(out.parent)
     write_whole(out, text)
@@ -155,7 +183,11 @@ def _print_ablations(json_: bool) -> None:
 
     from deepfusion_bench.ablations import ABLATIONS
 
-    rows = [(group, v.method, v.name, " ".join((*v.shared, *v.own))) for group, variants in ABLATIONS.items() for v in variants]
+    rows = [
+        (group, v.method, v.name, " ".join((*v.shared, *v.own)))
+        for group, variants in ABLATIONS.items()
+        for v in variants
+    ]
     columns = ("group", "method", "variant", "change")
     if json_:
         return print(json.dumps({"ablations": [dict(zip(columns, row, strict=True)) for row in rows]}))

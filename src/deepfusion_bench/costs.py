@@ -1,8 +1,12 @@
-"""What a device sends and what its training takes: ours against FedJETS, computed at the paper's sizes, measured at smaller.
+"""What a device sends and what its training takes: ours against FedJETS, computed at the paper's sizes, measured at
+smaller.
 
-FedJETS (arXiv 2306.08586) as the paper describes it: a device downloads an MoE pruned to a few experts, trains and uploads it,
-round after round. Ours uploads an on-device model once. Counted are the bytes of tensors; a tokenizer, a config and headers
-come on top of both. Memory at the paper's sizes is `models.estimate_training_bytes`, which `measure` holds against real processes.
+FedJETS (arXiv 2306.08586) as the paper describes it: a device downloads an MoE pruned to a few experts, trains and
+uploads it, round after round. Ours uploads an on-device model once. Counted are the bytes of tensors; a tokenizer,
+a config
+and headers come on top of both. Memory at the paper's sizes is `models.estimate_training_bytes`, which `measure`
+holds against
+real processes.
 """
 
 from __future__ import annotations
@@ -50,23 +54,28 @@ TOKENS = 341
 """Tokens of a document: 1,024 characters, what a config starts with, at three a token."""
 
 COMPARED = (("full", "full"), ("lora", "lora"), ("qlora", "qlora"), ("qlora", "lora"))
-"""How a device of ours trains, and how one of FedJETS: NF4 quantises linear layers, and the fused experts of an MoE are none."""
+"""How a device of ours trains, and how one of FedJETS: NF4 quantises linear layers, and the fused experts of an MoE
+are none.
+"""
 
 _QWEN: dict[str, Any] = {
-    "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24,
+    "num_attention_heads": 16,
     "num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
     "shared_expert_intermediate_size": 5632, "tie_word_embeddings": False,
 }  # fmt: skip
 # Two shared experts of 1,408 are one of 2,816. Qwen2Moe without qkv bias is DeepSeek-MoE v1, see `families`.
 _DEEPSEEK: dict[str, Any] = _QWEN | {
-    "vocab_size": 102400, "intermediate_size": 10944, "num_hidden_layers": 28, "num_experts": 64, "num_experts_per_tok": 6,
+    "vocab_size": 102400, "intermediate_size": 10944, "num_hidden_layers": 28, "num_experts": 64,
+    "num_experts_per_tok": 6,
     "shared_expert_intermediate_size": 2816, "mlp_only_layers": [0], "qkv_bias": False,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Case:
-    """A case study of the paper: its global MoE, its on-device models, and what it reads off its own charts for N = 128.
+    """A case study of the paper: its global MoE, its on-device models, and what it reads off its own charts for N =
+    128.
 
     Attributes:
         source: where the dimensions of the MoE stand.
@@ -96,7 +105,8 @@ CASES = {
         90 * GB, 300 * GB, (26 * GB // 10, 36 * GB // 10, 72 * GB // 10),
     ),
     "finance": Case(
-        "DeepSeek-MoE-16B", "config.json of deepseek-ai/deepseek-moe-16b-base", _DEEPSEEK, ("tinyllama", "olmo-1b", "bloom-1b1"),
+        "DeepSeek-MoE-16B", "config.json of "
+                            "deepseek-ai/deepseek-moe-16b-base", _DEEPSEEK, ("tinyllama", "olmo-1b", "bloom-1b1"),
         130 * GB, 245 * GB, (72 * GB // 10, 55 * GB // 10, 48 * GB // 10),
     ),
 }  # fmt: skip
@@ -109,7 +119,11 @@ def moe_tensors(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of an MoE of a Qwen2Moe config; those that DeepSeek-MoE v1 does not have are left out."""
     gated = config.model_type != "qwen2_moe" or config.qkv_bias
     tensors = architecture(config).tensors
-    return {name: shape for name, shape in tensors.items() if gated or not name.endswith(".shared_expert_gate.weight")}
+    return {
+        name: shape
+        for name, shape in tensors.items()
+        if gated or not name.endswith(".shared_expert_gate.weight")
+    }
 
 
 def pruned(config: PretrainedConfig, experts: int) -> PretrainedConfig:
@@ -123,7 +137,9 @@ def pruned(config: PretrainedConfig, experts: int) -> PretrainedConfig:
 def travelling_bytes(config: PretrainedConfig) -> dict[str, int]:
     """bf16 bytes of a pruned MoE: `all` of it, and its `experts` with the gate."""
     sizes = {name: 2 * math.prod(shape) for name, shape in moe_tensors(config).items()}
-    specific = [size for name, size in sizes.items() if is_expert_name(name) or name.endswith(".mlp.gate.weight")]
+    specific = [
+        size for name, size in sizes.items() if is_expert_name(name) or name.endswith(".mlp.gate.weight")
+    ]
     return {"all": sum(sizes.values()), "experts": sum(specific)}
 
 
@@ -134,15 +150,26 @@ def upload_bytes(config: PretrainedConfig) -> dict[str, int]:
     """
     known = architecture(config)
     trained = {name: shape for name, shape in known.tensors.items() if name not in known.buffers}
-    with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # PEFT's, on GPT-2's transposed weights
+    with (
+        torch.device("meta"),
+        warnings.catch_warnings(action="ignore"),
+    ):  # PEFT's, on GPT-2's transposed weights
         model = AutoModelForCausalLM.from_config(config)
-        adapter = get_peft_model(model, LoraConfig(r=LORA_RANK, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"))
+        adapter = get_peft_model(
+            model, LoraConfig(r=LORA_RANK, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
+        )
     total = sum(math.prod(shape) for shape in known.tensors.values())
     found = {"weights, fp32": 4 * total, "weights, bf16": 2 * total}
     for encoding in get_args(Encoding)[1:]:
-        stored = [part for name, shape in trained.items() for part in compact.stored_tensors(name, shape, encoding).values()]
+        stored = [
+            part
+            for name, shape in trained.items()
+            for part in compact.stored_tensors(name, shape, encoding).values()
+        ]
         found[encoding] = sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored)
-    return found | {f"LoRA, rank {LORA_RANK}": 4 * sum(p.numel() for p in adapter.parameters() if p.requires_grad)}
+    return found | {
+        f"LoRA, rank {LORA_RANK}": 4 * sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+    }
 
 
 def communication(rounds: int = ROUNDS) -> dict[str, Any]:
@@ -171,7 +198,8 @@ def _case_communication(case: Case, rounds: int) -> dict[str, Any]:
     absent = counts["total"] - sum(map(math.prod, moe_tensors(case.moe).values()))
     fedjets = {
         f"all of it down and up, {rounds} rounds": 2 * rounds * size["all"],
-        f"experts and gate down and up, {rounds} rounds; the rest down once": 2 * rounds * size["experts"] + rest,
+        f"experts and gate down and up, {rounds} rounds; the rest down once": 2 * rounds * size["experts"]
+        + rest,
         "all of it down and up, 1 round": 2 * size["all"],
         "experts and gate down and up, 1 round; the rest down once": 2 * size["experts"] + rest,
         "experts and gate up, 1 round; downloads not counted": size["experts"],
@@ -181,13 +209,15 @@ def _case_communication(case: Case, rounds: int) -> dict[str, Any]:
     return {
         "moe": {"name": case.title, "source": case.source, "experts_kept": kept, "bf16": size}
         | {count: number - absent for count, number in counts.items() if count != "computing"},
-        "ours": {"by_type": ours, "total": {kind: {str(n): round(n * mean) for n in DEVICES} for kind, mean in means.items()}},
+        "ours": {"by_type": ours, "total": {kind: {str(n): round(n * mean) for n in DEVICES} for kind,
+        mean in means.items()}},
         "fedjets": {
             "by_device": fedjets,
             "total": {name: {str(n): n * each for n in DEVICES} for name, each in fedjets.items()},
         },
         "saving": {kind: {name: 1 - mean / each for name, each in fedjets.items()} for kind, mean in means.items()},
-        "paper": {"ours": case.ours_bytes, "fedjets": case.fedjets_bytes, "saving": 1 - case.ours_bytes / case.fedjets_bytes},
+        "paper": {"ours": case.ours_bytes, "fedjets": case.fedjets_bytes,
+        "saving": 1 - case.ours_bytes / case.fedjets_bytes},
     }  # fmt: skip
 
 
@@ -195,19 +225,30 @@ def _case_communication(case: Case, rounds: int) -> dict[str, Any]:
 
 
 def memory() -> dict[str, Any]:
-    """Estimated peak bytes of a training process, of every on-device type and of FedJETS' pruned MoE, at the paper's sizes.
+    """Estimated peak bytes of a training process, of every on-device type and of FedJETS' pruned MoE, at the paper's
+    sizes.
 
-    FedJETS trains as many experts a layer as a token consults, or twice as many; with lora and qlora each of them gets matrices
-    of its own, and qlora has them in 4 bits too, which no library at hand does: that is in favour of FedJETS.
+    FedJETS trains as many experts a layer as a token consults, or twice as many; with lora and qlora each of them
+    gets matrices of its own, and qlora has them in 4 bits too, which no library at hand does: that is in favour of
+    FedJETS.
     """
-    return {"kind": "computed", "tokens": TOKENS, "cases": {name: _case_memory(case) for name, case in CASES.items()}}
+    return {
+        "kind": "computed",
+        "tokens": TOKENS,
+        "cases": {name: _case_memory(case) for name, case in CASES.items()},
+    }
 
 
 def _case_memory(case: Case) -> dict[str, Any]:
     kept = case.moe.num_experts_per_tok
     ours: dict[str, PretrainedConfig] = {type: model_config(type) for type in case.types}
     theirs = {f"{experts} experts": pruned(case.moe, experts) for experts in (kept, 2 * kept)}
-    settings = [(method, precision, batch) for method in METHODS for precision in ("bf16", "fp32") for batch in BATCHES]
+    settings = [
+        (method, precision, batch)
+        for method in METHODS
+        for precision in ("bf16", "fp32")
+        for batch in BATCHES
+    ]
     rows: list[dict[str, Any]] = []
     for method, precision, batch in settings:
         sizes = {
@@ -216,11 +257,22 @@ def _case_memory(case: Case) -> dict[str, Any]:
         }
         rows.append({"method": method, "precision": precision, "batch": batch, "bytes": sizes})
     comparisons = [
-        {"ours": mine["method"], "fedjets": its["method"], "precision": mine["precision"], "batch": mine["batch"]}
-        | {"ratio": {experts: {type: its["bytes"][experts] / mine["bytes"][type] for type in ours} for experts in theirs}}
+        {
+            "ours": mine["method"],
+            "fedjets": its["method"],
+            "precision": mine["precision"],
+            "batch": mine["batch"],
+        }
+        | {
+            "ratio": {
+                experts: {type: its["bytes"][experts] / mine["bytes"][type] for type in ours}
+                for experts in theirs
+            }
+        }
         for mine in rows
         for its in rows
-        if (mine["method"], its["method"]) in COMPARED and (mine["precision"], mine["batch"]) == (its["precision"], its["batch"])
+        if (mine["method"], its["method"]) in COMPARED
+        and (mine["precision"], mine["batch"]) == (its["precision"], its["batch"])
     ]
     return {
         "moe": case.title,
@@ -228,7 +280,10 @@ def _case_memory(case: Case) -> dict[str, Any]:
         "experts_kept": list(theirs),
         "rows": rows,
         "comparisons": comparisons,
-        "paper": {"fedjets": PAPER_FEDJETS_MEMORY, "ours": dict(zip(case.types, case.memory_bytes, strict=True))},
+        "paper": {
+            "fedjets": PAPER_FEDJETS_MEMORY,
+            "ours": dict(zip(case.types, case.memory_bytes, strict=True)),
+        },
     }
 
 
@@ -241,7 +296,9 @@ _QUARTERED = re.compile(r"(vocab_size|n_positions)")
 
 
 def eighth(config: PretrainedConfig) -> PretrainedConfig:
-    """Half as wide and half as deep, with a quarter of the vocabulary: an eighth of the weights in every part of the model."""
+    """Half as wide and half as deep, with a quarter of the vocabulary: an eighth of the weights in every part of the
+    model.
+    """
     small = copy.deepcopy(config)
     for key, value in config.to_dict().items():
         if isinstance(value, int) and (_HALVED.fullmatch(key) or _QUARTERED.fullmatch(key)):
@@ -256,8 +313,10 @@ def eighth(config: PretrainedConfig) -> PretrainedConfig:
 def measure(out: Path, batch: int = 1, tokens: int = 128, steps: int = 2) -> dict[str, Any]:
     """Peak memory of real trainings of all weights in fp32, each in a process of its own, one after the other.
 
-    Trained are eighths of the on-device types and of the pruned MoEs, then tiny models, whose runtime outweighs their weights.
-    On the CPU the peak is the resident memory of the process, on a GPU that of the allocator, which has no runtime in it.
+    Trained are eighths of the on-device types and of the pruned MoEs, then tiny models, whose runtime outweighs
+    their weights. On the CPU the peak is the resident memory of the process, on a GPU that of the allocator, which
+    has no runtime
+    in it.
 
     Args:
         out: folder for what the trainings write, removed afterwards.
@@ -272,8 +331,15 @@ def measure(out: Path, batch: int = 1, tokens: int = 128, steps: int = 2) -> dic
     tiny = {type: model_config(type) for type in ("tiny-gpt2", "tiny-llama")}
     layout = MoELayout("qwen3_moe", experts=4, top_k=2)  # the quickstart's
     tiny_moe = pruned(moe_config(model_config("tiny-qwen3"), layout), layout.top_k)
-    jobs = eighths | {f"FedJETS, {CASES[name].title}": moe for name, moe in moes.items()} | tiny | {"FedJETS, tiny": tiny_moe}
-    estimates = {name: estimate_training_bytes(config, "full", batch, tokens) for name, config in jobs.items()}
+    jobs = (
+        eighths
+        | {f"FedJETS, {CASES[name].title}": moe for name, moe in moes.items()}
+        | tiny
+        | {"FedJETS, tiny": tiny_moe}
+    )
+    estimates = {
+        name: estimate_training_bytes(config, "full", batch, tokens) for name, config in jobs.items()
+    }
     peaks = trained_peaks(jobs, out, batch, tokens, steps)
     pairs = {f"FedJETS, {case.title}": case.types for case in CASES.values()} | {"FedJETS, tiny": tuple(tiny)}
     return {
@@ -290,8 +356,11 @@ def measure(out: Path, batch: int = 1, tokens: int = 128, steps: int = 2) -> dic
     }  # fmt: skip
 
 
-def trained_peaks(configs: dict[str, PretrainedConfig], out: Path, batch: int, tokens: int, steps: int) -> dict[str, int]:
-    """Peak bytes of a training of each config, one process after the other, which write below `out` and leave nothing there.
+def trained_peaks(
+    configs: dict[str, PretrainedConfig], out: Path, batch: int, tokens: int, steps: int
+) -> dict[str, int]:
+    """Peak bytes of a training of each config, one process after the other, which write below `out` and leave nothing
+    there.
 
     Raises:
         InputError: the largest needs more memory than is free.
@@ -303,7 +372,10 @@ def trained_peaks(configs: dict[str, PretrainedConfig], out: Path, batch: int, t
         tempfile.TemporaryDirectory(dir=out, prefix=".costs-") as work,
         ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool,
     ):
-        return {name: pool.submit(_peak, config, batch, tokens, steps, Path(work)).result() for name, config in configs.items()}
+        return {
+            name: pool.submit(_peak, config, batch, tokens, steps, Path(work)).result()
+            for name, config in configs.items()
+        }
 
 
 def _peak(config: PretrainedConfig, batch: int, tokens: int, steps: int, work: Path) -> int:
@@ -314,7 +386,8 @@ def _peak(config: PretrainedConfig, batch: int, tokens: int, steps: int, work: P
     collator = Collator(load_tokenizer("tiny-gpt2"), {}, 0.0, tokens)
     train(
         Distiller(model, LossWeights()), [[document] * batch] * steps, collator,
-        stage="bench", unit="costs", work=work, learning_rate=1e-4, precision="fp32", seed=0, checkpoint_seconds=math.inf,
+        stage="bench", unit="costs", work=work, learning_rate=1e-4, precision="fp32", seed=0,
+        checkpoint_seconds=math.inf,
     )  # fmt: skip
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
@@ -328,8 +401,12 @@ def _peak(config: PretrainedConfig, batch: int, tokens: int, steps: int, work: P
 
 
 def tables(costs: dict[str, Any]) -> str:
-    """Markdown of `communication` and `memory`, and of `measure` where it was run, under these keys (the last: `measured`)."""
-    environment = Environment(loader=PackageLoader("deepfusion_bench", "."), trim_blocks=True, lstrip_blocks=True)
+    """Markdown of `communication` and `memory`, and of `measure` where it was run, under these keys (the last:
+    `measured`).
+    """
+    environment = Environment(
+        loader=PackageLoader("deepfusion_bench", "."), trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {"gb": _gb, "row": lambda cells: f"| {' | '.join(map(str, cells))} |"}
     return environment.get_template("costs.md.j2").render(costs).strip() + "\n"
 

@@ -1,4 +1,6 @@
-"""The methods of the tables: ours, the paper's baselines, controls and the upper bound, each as it differs from the product."""
+"""The methods of the tables: ours, the paper's baselines, controls and the upper bound, each as it differs from the
+product.
+"""
 
 from __future__ import annotations
 
@@ -82,11 +84,13 @@ def _in_place_of(name: str, run: Callable[..., dict[str, Any]]) -> Stage:
 
 # Cross-entropy on public text alone, for as many steps of trunk and MoE as `fused` makes with teachers.
 _PUBLIC_ONLY = (
-    "recipe=fused", "distill.alpha=0", "distill.beta=0", "distill.chunk_weight=0", "tune.teachers=false", "data.public=[in_domain]",
+    "recipe=fused", "distill.alpha=0", "distill.beta=0", "distill.chunk_weight=0", "tune.teachers=false",
+    "data.public=[in_domain]",
 )  # fmt: skip
 
 
-# At most, and no more than `device.epochs` passes. The tables take the best of this and the ablation group `centralized`.
+# At most, and no more than `device.epochs` passes. The tables take the best of this and the ablation group
+# `centralized`.
 _CONVERGED = ("tune.steps=2400", "tune.batch_size=8")
 
 
@@ -185,13 +189,19 @@ METHODS: dict[str, Method] = {
     "fused": Method("DeepFusion, recipe fused", "ours", _pipeline("recipe=fused")),
     "paper": Method("DeepFusion, recipe paper", "ours", _pipeline("recipe=paper")),
     "fedjets": Method("FedJETS", "baseline", _fedjets(public_first=False), alone=True),
-    "fedkmt": Method("FedKMT", "baseline", _pipeline("recipe=paper", instead=(_in_place_of("distill", fedkmt.run),))),
-    "ofakd": Method("OFA-KD", "baseline", _pipeline("recipe=paper", instead=(_in_place_of("distill", ofakd.run),))),
+    "fedkmt": Method(
+        "FedKMT", "baseline", _pipeline("recipe=paper", instead=(_in_place_of("distill", fedkmt.run),))
+    ),
+    "ofakd": Method(
+        "OFA-KD", "baseline", _pipeline("recipe=paper", instead=(_in_place_of("distill", ofakd.run),))
+    ),
     "base": Method("public base, untouched", "control", _base, alone=True),
     "public": Method("public text alone, best number of steps", "control", _public),
     "fedjets-public": Method("FedJETS after public text", "control", _fedjets(public_first=True)),
     "average": Method("mean of the devices of a type, best type", "control", _average),
     "homogeneous": Method("MoE of the Llama-class devices (as mergekit-moe)", "control", _homogeneous),
     "proxies": Method("proxies, mean", "reference", _proxies),
-    "centralized": Method("centralized, all private text, best number of steps", "bound", _centralized, alone=True),
+    "centralized": Method(
+        "centralized, all private text, best number of steps", "bound", _centralized, alone=True
+    ),
 }

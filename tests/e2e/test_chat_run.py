@@ -1,4 +1,6 @@
-"""Conversations through a whole run: devices with and without a chat template, a base with its own, an MoE that carries it."""
+"""Conversations through a whole run: devices with and without a chat template, a base with its own, an MoE that
+carries it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from transformers import AutoTokenizer
 from conftest import overlay, run_settings, sentences, write_rows
 from deepfusion.models.loading import load_model, load_tokenizer
 
-BASE = "{% for m in messages %}{{ eos_token + m['role'] + '\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+BASE = (
+    "{% for m in messages %}{{ eos_token + m['role'] + '\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+)
 DEVICE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {{ eos_token }}{% endfor %}"
 
 
@@ -26,7 +30,10 @@ def conversations(domain: str, count: int) -> list[dict]:
     texts = [row["text"] for row in sentences(domain, 4 * count)]
     roles = ("user", "assistant", "user", "assistant")
     return [
-        {"messages": [{"role": r, "content": texts[4 * n + k]} for k, r in enumerate(roles)], "domain": domain}
+        {
+            "messages": [{"role": r, "content": texts[4 * n + k]} for k, r in enumerate(roles)],
+            "domain": domain,
+        }
         for n in range(count)
     ]
 
@@ -34,32 +41,62 @@ def conversations(domain: str, count: int) -> list[dict]:
 def test_the_moe_carries_the_template_of_its_base(zoo, settings, tmp_path, invoke):
     medicine = write_rows(tmp_path / "medicine.jsonl", conversations("medicine", 30))
     finance = write_rows(tmp_path / "finance.jsonl", conversations("finance", 30))
-    base, gpt2 = chatty(zoo["qwen3_moe"], tmp_path / "base", BASE), chatty(zoo["mini-gpt2"], tmp_path / "gpt2", DEVICE)
+    base, gpt2 = (
+        chatty(zoo["qwen3_moe"], tmp_path / "base", BASE),
+        chatty(zoo["mini-gpt2"], tmp_path / "gpt2", DEVICE),
+    )
     devices = [
         {"id": name, "type": str(kind), "data": str(data)}
         for name, kind, data in (
-            ("ward", gpt2, medicine), ("clinic", gpt2, medicine), ("bank", zoo["mini-llama"], finance), ("fund", gpt2, finance),
+            ("ward", gpt2, medicine), ("clinic", gpt2, medicine), ("bank", zoo["mini-llama"], finance),
+            ("fund", gpt2, finance),
         )
     ]  # fmt: skip
     run = tmp_path / "run"
-    run_settings(overlay(settings, devices=devices, distill={"base": str(base), "alpha": 0.1}, data={"max_chars": 128}), run)
+    run_settings(
+        overlay(
+            settings, devices=devices, distill={"base": str(base), "alpha": 0.1}, data={"max_chars": 128}
+        ),
+        run,
+    )
     assert (run / "uploads" / "ward" / "chat_template.jinja").read_text() == DEVICE
-    assert (run / "proxies" / "0" / "chat_template.jinja").is_file() != (run / "proxies" / "1" / "chat_template.jinja").is_file()
+    assert (run / "proxies" / "0" / "chat_template.jinja").is_file() != (
+        run / "proxies" / "1" / "chat_template.jinja"
+    ).is_file()
     assert AutoTokenizer.from_pretrained(run / "moe" / "final").chat_template == BASE
     assert any('"messages"' in line for line in (run / "bases" / "corpus.jsonl").read_text().splitlines())
 
     found = json.loads(invoke("evaluate", run / "moe" / "final", "--data", medicine, "--json").out)
     plain = chatty(run / "moe" / "final", tmp_path / "plain", None)
     assert found["tokens"] > 0
-    assert json.loads(invoke("evaluate", plain, "--data", medicine, "--json").out)["log_perplexity"] != found["log_perplexity"]
+    assert (
+        json.loads(invoke("evaluate", plain, "--data", medicine, "--json").out)["log_perplexity"]
+        != found["log_perplexity"]
+    )
 
 
-def test_a_conversation_that_a_template_cannot_write_is_one_line_and_nothing_is_written(zoo, tmp_path, invoke):
-    strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('begin with the user') }}{% endif %}" + DEVICE
+def test_a_conversation_that_a_template_cannot_write_is_one_line_and_nothing_is_written(
+    zoo, tmp_path, invoke
+):
+    strict = (
+        "{% if messages[0]['role'] != 'user' %}{{ raise_exception('begin with the user') }}{% endif %}"
+        + DEVICE
+    )
     folder = chatty(zoo["mini-gpt2"], tmp_path / "gpt2", strict)
     rows = [{"messages": [{"role": "assistant", "content": f"Hello {n}"}]} for n in range(4)]
     data = write_rows(tmp_path / "x.jsonl", rows)
-    done = invoke("device", "train", "--data", data, "--type", folder, "--out", tmp_path / "up", "--set", "device.steps=2")
+    done = invoke(
+        "device",
+        "train",
+        "--data",
+        data,
+        "--type",
+        folder,
+        "--out",
+        tmp_path / "up",
+        "--set",
+        "device.steps=2",
+    )
     assert done.code == 2
     assert "cannot write the turns assistant (begin with the user)" in done.err
     assert "Traceback" not in done.err

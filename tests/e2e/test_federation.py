@@ -37,12 +37,16 @@ PATIENCE = 240.0
 
 
 class Process:
-    """A `deepfusion` command in the background, in a network namespace if `host` is given; its output can be waited for."""
+    """A `deepfusion` command in the background, in a network namespace if `host` is given; its output can be waited
+    for.
+    """
 
     def __init__(self, *arguments: object, host: str | None = None) -> None:
         line = [sys.executable, "-m", "deepfusion.cli", *map(str, arguments)]
         line = ["ip", "netns", "exec", host, *line] if host else line
-        self.process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
+        self.process = subprocess.Popen(
+            line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
+        )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -59,7 +63,8 @@ class Process:
     def says(self, pattern: str) -> re.Match[str]:
         """Wait until a line matches."""
         found = wait(
-            lambda: re.search(pattern, self.output) or (self.process.poll() is not None and "ended"), f"{pattern} in {self.output}"
+            lambda: re.search(pattern, self.output) or (self.process.poll() is not None and "ended"),
+            f"{pattern} in {self.output}",
         )
         assert isinstance(found, re.Match), self.output
         return found
@@ -94,7 +99,12 @@ class Federation:
     """
 
     def __init__(
-        self, folder: Path, zoo: dict[str, Path], host: str = "127.0.0.1", hosts: dict[str, str] | None = None, **changes: Any
+        self,
+        folder: Path,
+        zoo: dict[str, Path],
+        host: str = "127.0.0.1",
+        hosts: dict[str, str] | None = None,
+        **changes: Any,
     ) -> None:
         self.folder, self.run, self.home = folder, folder / "run", Home(folder / "server")
         self.host, self.hosts = host, hosts or {}
@@ -123,7 +133,8 @@ class Federation:
 
     def join(self, name: str, *options: object, server: str | None = None, ca: str | None = None) -> Process:
         process = Process(
-            "device", "join", "--server", server or self.address, "--ca-sha256", ca or self.ca, "--home", self.folder / name,
+            "device", "join", "--server", server or self.address, "--ca-sha256", ca or self.ca, "--home",
+            self.folder / name,
             "--out", self.folder / "uploads" / name, *options, host=self.hosts.get(name),
         )  # fmt: skip
         self.processes.append(process)
@@ -134,7 +145,9 @@ class Federation:
         self.home.enroll(name, identity.public_line(key.public_key()))
 
     def audit(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.run / "federation" / "audit.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line) for line in (self.run / "federation" / "audit.jsonl").read_text().splitlines()
+        ]
 
 
 @pytest.fixture
@@ -154,9 +167,13 @@ def federation(zoo, tmp_path) -> Iterator[Callable[..., Federation]]:
 def test_four_devices_of_three_types_and_everything_is_killed_once(federation, zoo, tmp_path):
     fed = federation()
     types = {"ward": "mini-gpt2", "clinic": "mini-gpt2", "bank": "mini-llama", "fund": "mini-bloom"}
-    text = {name: sentences("finance" if name in ("bank", "fund") else "medicine", 40, seed) for seed, name in enumerate(types)}
+    text = {
+        name: sentences("finance" if name in ("bank", "fund") else "medicine", 40, seed)
+        for seed, name in enumerate(types)
+    }
     options = {
-        name: ("--data", write_rows(tmp_path / f"{name}.jsonl", text[name]), "--type", zoo[kind]) for name, kind in types.items()
+        name: ("--data", write_rows(tmp_path / f"{name}.jsonl", text[name]), "--type", zoo[kind])
+        for name, kind in types.items()
     }
     for name in types:
         fed.enroll(name)
@@ -177,7 +194,10 @@ def test_four_devices_of_three_types_and_everything_is_killed_once(federation, z
     with Proxy(fed.address, bytes_per_second=40_000) as slow:
         clinic = fed.join("clinic", *options["clinic"], server=slow.address)
         parts = fed.run / "federation" / "incoming" / "clinic"
-        wait(lambda: any(path.stat().st_size > 20_000 for path in parts.rglob("*") if path.is_file()), "the first bytes of clinic")
+        wait(
+            lambda: any(path.stat().st_size > 20_000 for path in parts.rglob("*") if path.is_file()),
+            "the first bytes of clinic",
+        )
         clinic.kill()
         received = sum(path.stat().st_size for path in parts.rglob("*") if path.is_file())
         slow.reset()
@@ -193,33 +213,43 @@ def test_four_devices_of_three_types_and_everything_is_killed_once(federation, z
 
     assert "all stages done" in output
     AutoModelForCausalLM.from_pretrained(fed.run / "moe" / "final")
-    assert sorted(entry["device"] for entry in json.loads((fed.run / "registry.json").read_text())) == sorted(types)
+    assert sorted(entry["device"] for entry in json.loads((fed.run / "registry.json").read_text())) == sorted(
+        types
+    )
     assert json.loads((fed.run / "rejected.json").read_text()) == {}
     moved = json.loads((fed.run / "transport.json").read_text())["devices"]
     for name in types:
         folder = fed.run / "uploads" / name
         card = read_card(folder)
-        assert {path.name: sha256_file(path) for path in folder.iterdir() if path.name != "card.json"} == card.files
+        assert {
+            path.name: sha256_file(path) for path in folder.iterdir() if path.name != "card.json"
+        } == card.files
         weight = sum(path.stat().st_size for path in folder.iterdir())
         assert moved[name]["upload_bytes"] == weight
         assert moved[name]["up_bytes"] >= weight
     whole = moved["clinic"]["upload_bytes"]
     assert received > 0
-    assert moved["clinic"]["up_bytes"] < whole + received  # what had arrived before the kill was not sent again
+    assert (
+        moved["clinic"]["up_bytes"] < whole + received
+    )  # what had arrived before the kill was not sent again
     refused = {(line["code"], line["device"]) for line in fed.audit() if line["event"] == "refused"}
     assert ("not-enrolled", None) in refused
     assert {line["device"] for line in fed.audit() if line["event"] == "accepted"} == set(types)
 
 
 def test_private_text_secrets_and_late_devices(federation, zoo, tmp_path):
-    """Everything a device sends is read in plain by the authority's owner: no text. No secret lies open. Who is late is kept."""
+    """Everything a device sends is read in plain by the authority's owner: no text. No secret lies open. Who is late
+    is kept.
+    """
     fed = federation(experts=1, top_k=1, tune={"steps": 0}, federation={"wait_for": 1})
     private = [row["text"] for row in sentences("medicine", 40)]
     data = write_rows(tmp_path / "private.jsonl", [{"text": text} for text in private])
     for name in ("ward", "clinic"):
         fed.enroll(name)
     server = fed.serve("--stay")
-    assert httpx.get(f"https://{fed.address}/v1/health", verify=False).json() == {"ok": True}  # the line says: open
+    assert httpx.get(f"https://{fed.address}/v1/health", verify=False).json() == {
+        "ok": True
+    }  # the line says: open
     inside = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     inside.load_cert_chain(fed.home.certificate, fed.home.certificate_key)
     outside = ssl.create_default_context(cafile=str(fed.home.ca))
@@ -255,7 +285,9 @@ def test_private_text_secrets_and_late_devices(federation, zoo, tmp_path):
     late = fed.join("clinic", "--data", other, "--type", zoo["mini-gpt2"], "--json").ends(0)
     assert json.loads(late.splitlines()[-1])["state"] == "late"
     again = fed.join("clinic", "--data", other, "--type", zoo["mini-gpt2"], "--json").ends(0)
-    assert json.loads(again.splitlines()[-1]) == json.loads(late.splitlines()[-1])  # the receipt, not a second upload
+    assert json.loads(again.splitlines()[-1]) == json.loads(
+        late.splitlines()[-1]
+    )  # the receipt, not a second upload
     server.process.send_signal(signal.SIGINT)
     server.ends(0)
     assert (fed.run / "late" / "clinic" / "card.json").is_file()
@@ -263,11 +295,15 @@ def test_private_text_secrets_and_late_devices(federation, zoo, tmp_path):
     assert _nothing_left(fed)
 
     fuse = Process("fuse", fed.run, write_config(tmp_path / "next.yaml", {
-        "experts": 2, "jobs": 1, "precision": "fp32", "data": {"public": ["sampled"], "sampled_documents": 4, "max_chars": 96},
+        "experts": 2, "jobs": 1, "precision": "fp32", "data": {"public": ["sampled"], "sampled_documents": 4,
+        "max_chars": 96},
         "distill": {"base": str(zoo["qwen3_moe"]), "steps": 4, "batch_size": 4}, "tune": {"steps": 2, "batch_size": 4},
     }), "--out", tmp_path / "next")  # fmt: skip
     fuse.ends(0)
-    assert {entry["device"] for entry in json.loads((tmp_path / "next" / "registry.json").read_text())} == {"ward", "clinic"}
+    assert {entry["device"] for entry in json.loads((tmp_path / "next" / "registry.json").read_text())} == {
+        "ward",
+        "clinic",
+    }
 
 
 @pytest.fixture
@@ -290,7 +326,8 @@ def hosts() -> Iterator[dict[str, str]]:
     slow = "root tbf rate 5mbit burst 16kb latency 200ms"
     shell(f"tc -n df-clinic qdisc add dev eth0 {slow} && tc -n df-switch qdisc add dev clinic {slow}")
     shell(
-        "ip netns exec df-clinic nft 'add table inet loss; add chain inet loss in { type filter hook input priority 0; };"
+        "ip netns exec df-clinic nft 'add table inet loss; add chain inet loss in { type filter hook "
+        "input priority 0; };"
         " add chain inet loss out { type filter hook output priority 0; };"
         " add rule inet loss in numgen random mod 100 < 2 counter drop;"
         " add rule inet loss out numgen random mod 100 < 2 counter drop'"
@@ -307,11 +344,16 @@ def test_machines_of_their_own_and_a_slow_link_that_loses_packets_and_breaks(fed
         fed.enroll(name)
         data = write_rows(tmp_path / f"{name}.jsonl", sentences("medicine", 40))
         quick = ("--set", "device.steps=1", "--set", "data.max_chars=96", "--set", "precision=fp32")
-        Process("device", "train", "--data", data, "--out", tmp_path / "uploads" / name, "--type", kind, *quick).ends(0)
+        Process(
+            "device", "train", "--data", data, "--out", tmp_path / "uploads" / name, "--type", kind, *quick
+        ).ends(0)
     server = fed.serve()
     clinic = fed.join("clinic", "--upload", tmp_path / "uploads" / "clinic")
     parts = fed.run / "federation" / "incoming" / "clinic"
-    wait(lambda: any(path.stat().st_size > 200_000 for path in parts.rglob("*") if path.is_file()), "the first bytes of clinic")
+    wait(
+        lambda: any(path.stat().st_size > 200_000 for path in parts.rglob("*") if path.is_file()),
+        "the first bytes of clinic",
+    )
     shell("ip -n df-switch link set clinic down")
     fed.join("bank", "--upload", tmp_path / "uploads" / "bank").ends(0)
     time.sleep(20)
@@ -321,7 +363,10 @@ def test_machines_of_their_own_and_a_slow_link_that_loses_packets_and_breaks(fed
     server.ends(0)
     accepted = {line["device"]: line["peer"] for line in fed.audit() if line["event"] == "accepted"}
     assert accepted == {"clinic": "10.77.0.2", "bank": "10.77.0.3"}
-    assert {entry["device"] for entry in json.loads((fed.run / "registry.json").read_text())} == {"clinic", "bank"}
+    assert {entry["device"] for entry in json.loads((fed.run / "registry.json").read_text())} == {
+        "clinic",
+        "bank",
+    }
     lost = shell("ip netns exec df-clinic nft list table inet loss")
     assert all(int(packets) > 0 for packets in re.findall(r"packets (\d+)", lost))
 
@@ -333,12 +378,19 @@ def shell(line: str) -> str:
 
 
 def _secrets(fed: Federation) -> set[bytes]:
-    keys = [path.read_bytes().splitlines()[1] for path in (*fed.home.folder.glob("*.key"), *fed.folder.glob("*/key.pem"))]
+    keys = [
+        path.read_bytes().splitlines()[1]
+        for path in (*fed.home.folder.glob("*.key"), *fed.folder.glob("*/key.pem"))
+    ]
     return {*keys, fed.home.superexec_secret.read_bytes()}
 
 
 def _command_lines(*processes: int) -> bytes:
-    family = [child for pid in processes for child in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True))]
+    family = [
+        child
+        for pid in processes
+        for child in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True))
+    ]
     return "\n".join(part for process in family for part in process.cmdline()).encode()
 
 
@@ -348,4 +400,6 @@ def _in_base64(content: bytes) -> list[bytes]:
 
 
 def _nothing_left(fed: Federation) -> bool:
-    return not any(str(fed.home.folder) in " ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"]))
+    return not any(
+        str(fed.home.folder) in " ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])
+    )

@@ -15,18 +15,25 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from conftest import overlay, save_checkpoint, small_settings, write_config
 from deepfusion.names import device_id
 
-SMALL = {"data": {"public": ["sampled"], "sampled_documents": 4, "max_chars": 96}, "distill": {"steps": 4}, "tune": {"steps": 2}}
+SMALL = {
+    "data": {"public": ["sampled"], "sampled_documents": 4, "max_chars": 96},
+    "distill": {"steps": 4},
+    "tune": {"steps": 2},
+}
 
 
 @pytest.fixture
 def uploads(zoo, tmp_path, invoke) -> Path:
     """Three uploads made by `deepfusion device train`: an adapter and two compact ones."""
     settings = small_settings(zoo, tmp_path)
-    config = write_config(tmp_path / "device.yaml", {"device": {"steps": 4, "batch_size": 4}, "data": {"max_chars": 96}})
+    config = write_config(
+        tmp_path / "device.yaml", {"device": {"steps": 4, "batch_size": 4}, "data": {"max_chars": 96}}
+    )
     choices = (("ward", "upload=delta8"), ("clinic", "method=lora"), ("bank", "upload=delta4"))
     for device, (name, choice) in zip(settings["devices"], choices, strict=False):
         done = invoke(
-            "device", "train", config, "--data", device["data"], "--out", tmp_path / "uploads" / name, "--type", device["type"],
+            "device", "train", config, "--data", device["data"], "--out", tmp_path / "uploads" / name,
+            "--type", device["type"],
             "--set", f"device.{choice}", "--set", f"seed={len(name)}", "--json",
         )  # fmt: skip
         assert done.code == 0, done.err
@@ -37,7 +44,14 @@ def uploads(zoo, tmp_path, invoke) -> Path:
 
 
 def fuse_config(zoo: dict[str, Path], tmp_path: Path, **changes: object) -> Path:
-    values = overlay(SMALL, family="qwen3_moe", experts=2, jobs=1, precision="fp32", distill={"base": str(zoo["qwen3_moe"])})
+    values = overlay(
+        SMALL,
+        family="qwen3_moe",
+        experts=2,
+        jobs=1,
+        precision="fp32",
+        distill={"base": str(zoo["qwen3_moe"])},
+    )
     values = overlay(values, device={"types": [str(zoo["mini-gpt2"]), str(zoo["mini-llama"])]}, **changes)
     return write_config(tmp_path / "fuse.yaml", values)
 
@@ -101,11 +115,17 @@ def test_plain_checkpoints_without_any_text(zoo, tmp_path, invoke):
     given = tmp_path / "checkpoints"
     for number, name in enumerate(("my model", "second.model")):
         folder = zoo["mini-gpt2"]
-        save_checkpoint(given / name, AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), seed=number)
+        save_checkpoint(
+            given / name,
+            AutoConfig.from_pretrained(folder),
+            AutoTokenizer.from_pretrained(folder),
+            seed=number,
+        )
     shutil.copytree(zoo["mini-llama"], given / "third")
     (given / "notes.txt").write_text("not a checkpoint")
     small = [f"--set={key}" for key in (
-        f"distill.base={zoo['qwen3_moe']}", "distill.steps=6", "tune.steps=2", "data.sampled_documents=4", "data.max_chars=96",
+        f"distill.base={zoo['qwen3_moe']}", "distill.steps=6", "tune.steps=2", "data.sampled_documents=4",
+        "data.max_chars=96",
         "jobs=1", "precision=fp32",
     )]  # fmt: skip
     done = invoke("fuse", given, "--out", tmp_path / "run", *small, "--json")
@@ -141,9 +161,13 @@ def test_every_model_in_comes_out_or_is_named_with_its_reason(zoo, tmp_path, inv
     save_adapter(given / "tuned", given / "模型一", "模型一")
     save_model(given / "broken", zoo["mini-llama"], 9)
     weights = given / "broken" / "model.safetensors"
-    save_file({name: tensor / 0 for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    save_file(
+        {name: tensor / 0 for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"}
+    )
     save_model(given / "classifier", zoo["mini-llama"], 10)
-    AutoModelForSequenceClassification.from_pretrained(given / "classifier").save_pretrained(given / "classifier")
+    AutoModelForSequenceClassification.from_pretrained(given / "classifier").save_pretrained(
+        given / "classifier"
+    )
     (given / "notes.txt").write_text("")
     (given / "data").mkdir()
     done = invoke("fuse", given, "--out", run, *FAST, "--until", "cluster", "--json")
@@ -160,7 +184,10 @@ def test_every_model_in_comes_out_or_is_named_with_its_reason(zoo, tmp_path, inv
     assert (settings["family"], settings["experts"], settings["top_k"]) == ("deepseek", 8, 2)
     assert settings["distill"]["base"] == str(run / "uploads" / "largest")
     told = done.err.splitlines()
-    assert any(line.startswith("base largest: ") and "MoE of 8 experts: " in line and "active per token" in line for line in told)
+    assert any(
+        line.startswith("base largest: ") and "MoE of 8 experts: " in line and "active per token" in line
+        for line in told
+    )
     assert any(line.startswith("models: ") and "8 llama (" in line and "1 llama (" in line for line in told)
 
 
@@ -205,7 +232,9 @@ def test_what_cannot_be_fused_is_refused_before_any_work(zoo, tmp_path, invoke):
 
 def test_plan(zoo, settings, invoke):
     types = [f"--type={zoo[name]}" for name in ("mini-gpt2", "mini-llama")]
-    done = invoke("device", "plan", "--memory", "4GB", "--text", settings["devices"][2]["data"], *types, "--json")
+    done = invoke(
+        "device", "plan", "--memory", "4GB", "--text", settings["devices"][2]["data"], *types, "--json"
+    )
     assert done.code == 0, done.err
     plan = json.loads(done.out)
     assert plan["budget_bytes"] == 4 * 10**9
@@ -219,10 +248,15 @@ def test_plan(zoo, settings, invoke):
 def test_the_largest_type_that_fits_is_trained(zoo, settings, tmp_path, invoke):
     config = write_config(
         tmp_path / "device.yaml",
-        {"device": {"steps": 2, "types": [str(zoo["mini-llama"]), str(zoo["mini-bloom"])]}, "data": {"max_chars": 96}},
+        {
+            "device": {"steps": 2, "types": [str(zoo["mini-llama"]), str(zoo["mini-bloom"])]},
+            "data": {"max_chars": 96},
+        },
     )
     data = settings["devices"][2]["data"]
-    done = invoke("device", "train", config, "--data", data, "--out", tmp_path / "My Phone", "--memory", "8GB")
+    done = invoke(
+        "device", "train", config, "--data", data, "--out", tmp_path / "My Phone", "--memory", "8GB"
+    )
     assert done.code == 0, done.err
     card = json.loads((tmp_path / "My Phone" / "card.json").read_text("utf-8"))
     assert card["device"] == device_id("My Phone")

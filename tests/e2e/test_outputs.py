@@ -1,4 +1,6 @@
-"""Whatever `--out` is told, nothing is lost that the command did not make, and nothing finished is taken for something else."""
+"""Whatever `--out` is told, nothing is lost that the command did not make, and nothing finished is taken for
+something else.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,16 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from conftest import Outcome, digests, run_settings, save_checkpoint, sentences, small_settings, write_config, write_rows
+from conftest import (
+    Outcome,
+    digests,
+    run_settings,
+    save_checkpoint,
+    sentences,
+    small_settings,
+    write_config,
+    write_rows,
+)
 from deepfusion.cli import main
 from deepfusion.errors import InputError
 from deepfusion.families.moe import export_deepseek_v1
@@ -45,7 +56,9 @@ def refused(done: Outcome, code: str) -> None:
     assert "Traceback" not in done.err
 
 
-@pytest.mark.parametrize("out", ["clinic", "clinic/..", ".", "..", "clinic/x/..", "file", "file/up", "gone", "gone/up", "link"])
+@pytest.mark.parametrize(
+    "out", ["clinic", "clinic/..", ".", "..", "clinic/x/..", "file", "file/up", "gone", "gone/up", "link"]
+)
 def test_a_place_that_is_somebodys_is_refused_before_any_work(tmp_path, monkeypatch, train, out):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
@@ -94,7 +107,12 @@ def test_a_finished_upload_answers_the_request_that_made_it_and_no_other(tmp_pat
     again = train(up, "--json")
     assert "nothing to do" in again.err
     assert json.loads(again.out) == json.loads(first.out)
-    for other in (("--set", "device.steps=3"), ("--set", "seed=1"), ("--id", "ward"), ("--type", zoo["mini-llama"])):
+    for other in (
+        ("--set", "device.steps=3"),
+        ("--set", "seed=1"),
+        ("--id", "ward"),
+        ("--type", zoo["mini-llama"]),
+    ):
         refused(train(up, *other), "another-upload")
     text = data.read_text("utf-8")
     write_rows(data, sentences("medicine", 12, seed=1))
@@ -102,7 +120,9 @@ def test_a_finished_upload_answers_the_request_that_made_it_and_no_other(tmp_pat
     data.write_text(text, "utf-8")
     assert train(up).code == 0
     assert digests(up, ".") == made
-    assert all(b"request" not in path.read_bytes() for path in up.iterdir())  # a digest of the text is a fact about it
+    assert all(
+        b"request" not in path.read_bytes() for path in up.iterdir()
+    )  # a digest of the text is a fact about it
     shutil.copytree(up, tmp_path / "copy")
     refused(train(tmp_path / "copy", "--id", "up"), "another-upload")  # nobody knows what it was made of
 
@@ -182,7 +202,9 @@ def test_a_config_beside_nothing_else_is_not_overwritten(settings, tmp_path, inv
 def test_another_checkpoint_at_the_same_place_is_another_run(settings, zoo, tmp_path, capfd):
     model = Path(shutil.copytree(zoo["mini-gpt2"], tmp_path / "model"))
     base = Path(shutil.copytree(zoo["qwen3_moe"], tmp_path / "base"))
-    devices = [device | {"type": str(model)} if device["id"] == "ward" else device for device in settings["devices"]]
+    devices = [
+        device | {"type": str(model)} if device["id"] == "ward" else device for device in settings["devices"]
+    ]
     values = settings | {"devices": devices[::2], "distill": settings["distill"] | {"base": str(base)}}
     run_settings(values, tmp_path / "run", last="merge")
     tokenizer = json.loads((base / "tokenizer_config.json").read_text("utf-8"))
@@ -201,7 +223,16 @@ def test_fused_uploads_are_taken_again_and_those_of_devices_are_kept(settings, z
     for name, seed in (("ward", 0), ("bank", 1)):
         assert train(tmp_path / "uploads" / name, "--set", f"seed={seed}").code == 0
     given, out = tmp_path / "uploads", tmp_path / "fused"
-    common = ("--out", out, "--until", "registry", "--set", f"distill.base={zoo['qwen3_moe']}", "--set", "experts=2")
+    common = (
+        "--out",
+        out,
+        "--until",
+        "registry",
+        "--set",
+        f"distill.base={zoo['qwen3_moe']}",
+        "--set",
+        "experts=2",
+    )
     assert invoke("fuse", given, *common).code == 0
     refused(invoke("fuse", out, *common), "input-in-out")
     refused(invoke("fuse", given, "--out", given / "run"), "input-in-out")
@@ -235,10 +266,16 @@ def test_pages_and_costs_of_a_bench_replace_their_own_kind_only(tmp_path, invoke
     for name in ("paper", "ablation"):
         more = ("vaa",) if name == "ablation" else ("--methods", "base")
         refused(invoke("bench", name, *more, "--out", tmp_path / "photos"), "not-ours")
-        refused(invoke("bench", name, *more, "--out", tmp_path / "new", "--results", tmp_path / "other.json"), "bad-out")
+        refused(
+            invoke("bench", name, *more, "--out", tmp_path / "new", "--results", tmp_path / "other.json"),
+            "bad-out",
+        )
     (tmp_path / "results").mkdir()
     shutil.move(tmp_path / "other.json", tmp_path / "results" / "other.json")
-    refused(invoke("bench", "page", "--results", tmp_path / "results", "--out", tmp_path / "page.md"), "not-a-cell")
+    refused(
+        invoke("bench", "page", "--results", tmp_path / "results", "--out", tmp_path / "page.md"),
+        "not-a-cell",
+    )
     shutil.move(tmp_path / "results" / "other.json", tmp_path / "other.json")
     assert digests(tmp_path, ".") == before
 
@@ -275,14 +312,42 @@ def test_the_cache_of_a_made_checkpoint_knows_what_it_was_made_of(tmp_path, monk
 # All of them, with whatever lies there
 
 NAMES = (
-    *("photo.jpg", "card.json", "config.json", "model.safetensors", "README.md", "key", "manifest.json", "config.yaml", "log.txt"),
-    *(".lock", "uploads/ward/card.json", "report/index.html", ".work/device/key", "federation/notes", "results.md"),
+    *(
+        "photo.jpg",
+        "card.json",
+        "config.json",
+        "model.safetensors",
+        "README.md",
+        "key",
+        "manifest.json",
+        "config.yaml",
+        "log.txt",
+    ),
+    *(
+        ".lock",
+        "uploads/ward/card.json",
+        "report/index.html",
+        ".work/device/key",
+        "federation/notes",
+        "results.md",
+    ),
     *("moe/final/README.md", "results/cell.json", "deep/er/file.txt"),
 )
-BESIDE = (".out.work/key", ".out.work/training/x", ".out.part/x", ".out.made.json", "out.receipt.json", ".out.old/x", "results.md")
+BESIDE = (
+    ".out.work/key",
+    ".out.work/training/x",
+    ".out.part/x",
+    ".out.made.json",
+    "out.receipt.json",
+    ".out.old/x",
+    "results.md",
+)
 
 
-@given(inside=st.sets(st.sampled_from(NAMES), min_size=1, max_size=4), beside=st.sets(st.sampled_from(BESIDE), max_size=3))
+@given(
+    inside=st.sets(st.sampled_from(NAMES), min_size=1, max_size=4),
+    beside=st.sets(st.sampled_from(BESIDE), max_size=3),
+)
 @examples(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 def test_no_command_touches_what_it_did_not_make(zoo, tmp_path_factory, inside, beside):
     folder = tmp_path_factory.mktemp("trees")
@@ -294,12 +359,34 @@ def test_no_command_touches_what_it_did_not_make(zoo, tmp_path_factory, inside, 
         path.write_text(f'["somebody\'s {path}"]')
     before = digests(folder, ".")
     commands: list[list[Any]] = [
-        ["device", "train", "--data", data, "--type", zoo["mini-gpt2"], "--set", "device.steps=1", "--out", out],
+        [
+            "device",
+            "train",
+            "--data",
+            data,
+            "--type",
+            zoo["mini-gpt2"],
+            "--set",
+            "device.steps=1",
+            "--out",
+            out,
+        ],
         ["run", config, "--until", "device", "--set", "device.steps=1", "--out", out],
         ["fuse", zoo["mini-gpt2"].parent, "--until", "device", "--set", "jobs=1", "--out", out],
         ["server", "start", config, "--set", "federation.wait_for=2", "--port", "1", "--out", out],
         ["server", "start", config, "--embedded", "--out", out],
-        ["device", "join", "--server", "127.0.0.1:1", "--data", data, "--home", folder / "home", "--out", out],
+        [
+            "device",
+            "join",
+            "--server",
+            "127.0.0.1:1",
+            "--data",
+            data,
+            "--home",
+            folder / "home",
+            "--out",
+            out,
+        ],
         ["server", "enroll", "ward", "a key", "--home", out],
         ["report", out],
         ["bench", "paper", "--methods", "base", "--out", out],
@@ -346,11 +433,23 @@ for line in LINES:
 """
     lines = [
         ["device", "--help"],
-        ["device", "train", "--data", str(data), "--type", str(zoo["mini-gpt2"]), "--set", "device.steps=1", "--out", "up"],
+        [
+            "device",
+            "train",
+            "--data",
+            str(data),
+            "--type",
+            str(zoo["mini-gpt2"]),
+            "--set",
+            "device.steps=1",
+            "--out",
+            "up",
+        ],
         ["device", "check", "up"],
     ]
     done = subprocess.run(
-        [sys.executable, "-c", code.replace("LINES", repr(lines))], capture_output=True, text=True, cwd=tmp_path, check=False,
+        [sys.executable, "-c", code.replace("LINES", repr(lines))], capture_output=True, text=True,
+        cwd=tmp_path, check=False,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -50,7 +50,11 @@ for line in sys.stdin:
 @pytest.fixture
 def nursery() -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", NURSERY],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
@@ -111,8 +115,12 @@ def test_command_line_with_workers_killed(values, tmp_path):
     run_settings(values, tmp_path / "undisturbed")
     config, run = write_config(tmp_path / "config.yaml", overlay(values, jobs=2)), tmp_path / "disturbed"
     command = [sys.executable, "-m", "deepfusion.cli", "run", str(config), "--out", str(run)]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: a lone training takes all threads there are
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=one_thread)
+    one_thread = os.environ | {
+        "OMP_NUM_THREADS": "1"
+    }  # as in this process: a lone training takes all threads there are
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=one_thread
+    )
     assert process.stderr is not None
     for line in process.stderr:  # ends when the last worker has gone
         if line.startswith("[device bank"):

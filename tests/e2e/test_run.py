@@ -65,7 +65,14 @@ def redone(run: Path, act: Callable[[], object]) -> set[str]:
 
 
 def test_every_artefact_is_there(run, values):
-    for name in ("config.yaml", "manifest.json", "log.txt", "metrics.jsonl", "registry.json", "rejected.json"):
+    for name in (
+        "config.yaml",
+        "manifest.json",
+        "log.txt",
+        "metrics.jsonl",
+        "registry.json",
+        "rejected.json",
+    ):
         assert (run / name).is_file(), name
     for name in ("clusters.json", "transport.json", "evaluation.json", "report/index.html"):
         assert (run / name).is_file(), name
@@ -77,10 +84,21 @@ def test_every_artefact_is_there(run, values):
         assert {"card.json", "config.json", "tokenizer.json"} <= kept
         assert ("adapter_model.safetensors" in kept) == (device == "cook")
         assert ("model.safetensors" in kept) == (device != "cook")
-    for name in ("proxies/0", "proxies/1", "proxies/2", "bases/0", "bases/1", "bases/2", "moe/merged", "moe/final"):
+    for name in (
+        "proxies/0",
+        "proxies/1",
+        "proxies/2",
+        "bases/0",
+        "bases/1",
+        "bases/2",
+        "moe/merged",
+        "moe/final",
+    ):
         kept = {path.name for path in (run / name).iterdir()}
         assert {"config.json", "tokenizer.json", "README.md", "model.safetensors"} <= kept, name
-        assert any(line.startswith("# ") for line in (run / name / "README.md").read_text("utf-8").splitlines())
+        assert any(
+            line.startswith("# ") for line in (run / name / "README.md").read_text("utf-8").splitlines()
+        )
     assert [path.name for path in (run / ".work").iterdir()] == []
 
 
@@ -132,7 +150,11 @@ def test_transport_counts_the_bytes_of_the_upload_folders(run):
 def test_final_checkpoint_is_plain_transformers(run):
     model = AutoModelForCausalLM.from_pretrained(run / "moe" / "final")
     tokenizer = AutoTokenizer.from_pretrained(run / "moe" / "final")
-    assert (model.config.model_type, model.config.num_experts, model.config.num_experts_per_tok) == ("qwen3_moe", 3, 2)
+    assert (model.config.model_type, model.config.num_experts, model.config.num_experts_per_tok) == (
+        "qwen3_moe",
+        3,
+        2,
+    )
     prompt = tokenizer("The patient", return_tensors="pt")
     text = model.generate(**prompt, max_new_tokens=5, min_new_tokens=5, do_sample=False)
     assert text.shape[1] == prompt.input_ids.shape[1] + 5
@@ -142,7 +164,9 @@ def test_generate_and_evaluate_commands(run, home, invoke):
     done = invoke("generate", run / "moe" / "final", "The bank", "--max-new-tokens", 4, "--json")
     assert done.code == 0, done.err
     assert set(json.loads(done.out)) >= {"prompt", "completion", "tokens"}
-    done = invoke("evaluate", run / "moe" / "final", "--data", home / "medicine.jsonl", "--max-chars", 96, "--json")
+    done = invoke(
+        "evaluate", run / "moe" / "final", "--data", home / "medicine.jsonl", "--max-chars", 96, "--json"
+    )
     assert done.code == 0, done.err
     metrics = json.loads(done.out)
     assert set(metrics) >= METRICS | {"by_domain"}
@@ -242,5 +266,7 @@ def test_until_leaves_the_rest_waiting(settings, tmp_path):
     run_settings(settings, tmp_path / "run", last="cluster")
     states = {stage["name"]: stage["status"] for stage in status(tmp_path / "run")["stages"]}
     assert [name for name, state in states.items() if state == "done"] == ["device", "registry", "cluster"]
-    assert {state for name, state in states.items() if name not in ("device", "registry", "cluster")} == {"waiting"}
+    assert {state for name, state in states.items() if name not in ("device", "registry", "cluster")} == {
+        "waiting"
+    }
     assert not (tmp_path / "run" / "proxies").exists()

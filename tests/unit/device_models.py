@@ -1,4 +1,6 @@
-"""Minuscule device models, tokenizers and uploads on disk, for the tests of models, uploads and the stages of phase I."""
+"""Minuscule device models, tokenizers and uploads on disk, for the tests of models, uploads and the stages of phase
+I.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def save_tokenizer(folder: Path, vocab: int = 280) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=vocab, special_tokens=["<end>"], initial_alphabet=alphabet))
+    backend.train_from_iterator(
+        TEXT, trainers.BpeTrainer(vocab_size=vocab, special_tokens=["<end>"], initial_alphabet=alphabet)
+    )
     special = dict.fromkeys(("eos_token", "bos_token", "pad_token"), "<end>")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     tokenizer.save_pretrained(folder)
@@ -88,7 +92,9 @@ def save_upload(folder: Path, kind: str = "gpt2", seed: int = 0, **facts: object
     return write_card(folder, card(folder, folder.name, **facts))
 
 
-def save_adapter_upload(folder: Path, base: Path, seed: int = 0, rslora: bool = False, **facts: object) -> PreTrainedModel:
+def save_adapter_upload(
+    folder: Path, base: Path, seed: int = 0, rslora: bool = False, **facts: object
+) -> PreTrainedModel:
     """A sound upload of a LoRA adapter of the checkpoint `base`; returns the model it stands for."""
     model = load_model(base)
     targets = LORA_TARGETS
@@ -107,8 +113,12 @@ def save_adapter_upload(folder: Path, base: Path, seed: int = 0, rslora: bool = 
     return adapted.merge_and_unload()
 
 
-def save_compact_upload(folder: Path, base: Path, encoding: Encoding = "delta8", seed: int = 0, **facts: object) -> PreTrainedModel:
-    """A sound compact upload of the checkpoint `base` with every weight moved a little; returns the exact model in fp32."""
+def save_compact_upload(
+    folder: Path, base: Path, encoding: Encoding = "delta8", seed: int = 0, **facts: object
+) -> PreTrainedModel:
+    """A sound compact upload of the checkpoint `base` with every weight moved a little; returns the exact model in
+    fp32.
+    """
     model = load_model(base)
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -118,6 +128,11 @@ def save_compact_upload(folder: Path, base: Path, encoding: Encoding = "delta8",
     error = write_delta(folder, model.state_dict(), open_base(str(base)), encoding)
     read_config(base).save_pretrained(folder)
     save_tokenizer(folder)
-    about = {"base": str(base), "base_digest": base_digest(str(base)), "encoding": encoding, "encoding_error": error}
+    about = {
+        "base": str(base),
+        "base_digest": base_digest(str(base)),
+        "encoding": encoding,
+        "encoding_error": error,
+    }
     write_card(folder, card(folder, folder.name, **about, **facts))
     return model

@@ -64,14 +64,20 @@ class Device:
         self.ticket = gateway.ledger.issue(self.offer)
         self.connection = gateway.connect(self.key)
 
-    def call(self, method: str, path: str, content: bytes = b"", ticket: str | None = None, **headers: str) -> httpx.Response:
+    def call(
+        self, method: str, path: str, content: bytes = b"", ticket: str | None = None, **headers: str
+    ) -> httpx.Response:
         """One signed request of tus, whatever comes back."""
         sent = {"Tus-Resumable": "1.0.0", "Authorization": f"Bearer {ticket or self.ticket}"}
         sent |= {name.replace("_", "-"): value for name, value in headers.items()}
         return self.gateway.request(method, path, identity.sign(self.key) | sent, content)
 
     def create(self, name: str, length: int | None = None, **headers: str) -> httpx.Response:
-        size = next((file.size for file in self.offer.files if file.name == name), 1) if length is None else length
+        size = (
+            next((file.size for file in self.offer.files if file.name == name), 1)
+            if length is None
+            else length
+        )
         metadata = f"filename {base64.b64encode(name.encode()).decode()}"
         return self.call("POST", "/v1/uploads", Upload_Length=str(size), Upload_Metadata=metadata, **headers)
 
@@ -90,12 +96,16 @@ class Device:
 
     def process(self, port: int | None = None) -> subprocess.Popen[str]:
         """A device process that hands its upload in and prints {"receipt", "peak"}; peak resident memory in bytes."""
-        key = self.key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        key = self.key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
         identity.write_secret(self.folder.with_name(f"{self.name}.pem"), key)
         self.folder.with_name(f"{self.name}.offer").write_text(self.offer.model_dump_json())
         line = [sys.executable, "-c", _HAND_IN, self.folder, port or self.gateway.port, self.gateway.home.ca]
         pipe = subprocess.PIPE
-        process = subprocess.Popen([str(part) for part in line], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        process = subprocess.Popen(
+            [str(part) for part in line], stdin=pipe, stdout=pipe, stderr=pipe, text=True
+        )
         assert process.stdin is not None
         process.stdin.write(self.ticket)
         process.stdin.close()
@@ -114,7 +124,9 @@ class Device:
 class Gateway:
     """A gateway process with a home and a run of its own below `folder`; to be killed and started again at will."""
 
-    def __init__(self, folder: Path, federation: dict[str, Any] | None = None, superlink: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, federation: dict[str, Any] | None = None, superlink: str | None = None
+    ) -> None:
         self.folder, self.run = folder, folder / "run"
         self.home = Home(folder / "home")
         self.home.prepare([])
@@ -126,7 +138,15 @@ class Gateway:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Gateway:
-        line = [sys.executable, "-m", "deepfusion.federation.server.gateway", "--home", self.home.folder, "--run", self.run]
+        line = [
+            sys.executable,
+            "-m",
+            "deepfusion.federation.server.gateway",
+            "--home",
+            self.home.folder,
+            "--run",
+            self.run,
+        ]
         line += ["--host", "127.0.0.1", "--port", self.port, "--superlink", self.superlink]
         with open(self.folder / "gateway.log", "ab") as log:
             self.process = subprocess.Popen([str(part) for part in line], stdout=log, stderr=log)
@@ -147,9 +167,13 @@ class Gateway:
             self.process.wait(30)
             self.process = None
 
-    def request(self, method: str, path: str, headers: dict[str, str] | None = None, content: Any = b"") -> httpx.Response:
+    def request(
+        self, method: str, path: str, headers: dict[str, str] | None = None, content: Any = b""
+    ) -> httpx.Response:
         with httpx.Client(verify=self.context, trust_env=False, timeout=30) as client:
-            return client.request(method, f"https://127.0.0.1:{self.port}{path}", headers=headers or {}, content=content)
+            return client.request(
+                method, f"https://127.0.0.1:{self.port}{path}", headers=headers or {}, content=content
+            )
 
     def connect(self, key: ec.EllipticCurvePrivateKey, port: int | None = None, **options: Any) -> Connection:
         options = {"seconds": 5.0, "patience": 60.0} | options
@@ -157,7 +181,9 @@ class Gateway:
         return self.connections[-1]
 
     def device(self, name: str, sizes: dict[str, int] | None = None) -> Device:
-        return Device(self, name, {"model.safetensors": 300_000} if sizes is None else sizes, self.folder / "devices")
+        return Device(
+            self, name, {"model.safetensors": 300_000} if sizes is None else sizes, self.folder / "devices"
+        )
 
     @property
     def log(self) -> str:
@@ -173,7 +199,8 @@ class Faults:
     """A TCP proxy to 127.0.0.1:`port` that breaks connections at random moments, or lets nothing through for a while.
 
     Args:
-        resets: shortest and longest time in seconds between two moments at which all connections are reset; may be set later.
+        resets: shortest and longest time in seconds between two moments at which all connections are reset; may be
+            set later.
     """
 
     def __init__(self, port: int, resets: tuple[float, float] | None = None) -> None:
@@ -183,7 +210,9 @@ class Faults:
         self._flows = asyncio.Event()
         self._flows.set()
         self.port = free_port()
-        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),), daemon=True)
+        self._thread = threading.Thread(
+            target=self._loop.run_until_complete, args=(self._serve(),), daemon=True
+        )
         self._end = asyncio.Event()
 
     def __enter__(self) -> Faults:

@@ -10,10 +10,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
-from deepfusion.learning.align import Alignment, align_offsets, collate, identity_alignment, shared_vocabulary, token_weights
+from deepfusion.learning.align import (
+    Alignment,
+    align_offsets,
+    collate,
+    identity_alignment,
+    shared_vocabulary,
+    token_weights,
+)
 
 CORPUS = [
     "The patient has 3 fevers, and the doctor's notes say so.",
@@ -43,14 +59,23 @@ def tokenizer(kind: str) -> PreTrainedTokenizerFast:
         backend.normalizer = normalizers.NFKC()
         backend.pre_tokenizer = pre_tokenizers.Metaspace()
         backend.decoder = decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(vocab_size=100, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False)
+        trainer = trainers.UnigramTrainer(
+            vocab_size=100, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
+        )
     else:
         backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
         if kind == "llama":
-            backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+            backend.normalizer = normalizers.Sequence(
+                [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+            )
             backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
             backend.decoder = decoders.Sequence(
-                [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+                [
+                    decoders.Replace("▁", " "),
+                    decoders.ByteFallback(),
+                    decoders.Fuse(),
+                    decoders.Strip(" ", 1, 0),
+                ]
             )
         else:
             backend.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -68,10 +93,16 @@ def tokenizer(kind: str) -> PreTrainedTokenizerFast:
     backend = Tokenizer.from_str(json.dumps(spec))
     template = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
     backend.post_processor = (
-        processors.Sequence([processors.ByteLevel(trim_offsets=True), template]) if kind == "gpt2_trimmed" else template
+        processors.Sequence([processors.ByteLevel(trim_offsets=True), template])
+        if kind == "gpt2_trimmed"
+        else template
     )
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    fast.add_tokens([AddedToken("  ", normalized=False)])  # as GPT-NeoX has: an added token that is ordinary text
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.add_tokens(
+        [AddedToken("  ", normalized=False)]
+    )  # as GPT-NeoX has: an added token that is ordinary text
     return fast
 
 
@@ -213,7 +244,9 @@ def test_space_marks_and_byte_tokens_are_paired() -> None:
 
 def test_same_tokenizer_is_identical_whatever_its_run_time_settings() -> None:
     one = tokenizer("gpt2")
-    copy = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(one.backend_tokenizer.to_str()), eos_token="</s>")
+    copy = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(one.backend_tokenizer.to_str()), eos_token="</s>"
+    )
     copy.backend_tokenizer.enable_truncation(5)
     shared = shared_vocabulary(one, copy)
     assert shared.identical
@@ -238,15 +271,22 @@ def test_token_weight_is_that_of_its_last_character() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(texts, st.integers(0, 20)), min_size=1, max_size=4), pairs)
-def test_collated_positions_are_the_counted_ones(documents: list[tuple[str, int]], kinds: tuple[str, str]) -> None:
+def test_collated_positions_are_the_counted_ones(
+    documents: list[tuple[str, int]], kinds: tuple[str, str]
+) -> None:
     student = [offsets(kinds[0], text) for text, _ in documents]
     teacher = [offsets(kinds[1], text) for text, _ in documents]
-    weights = [token_weights(o, np.arange(len(text)) >= prompt) for o, (text, prompt) in zip(student, documents, strict=True)]
+    weights = [
+        token_weights(o, np.arange(len(text)) >= prompt)
+        for o, (text, prompt) in zip(student, documents, strict=True)
+    ]
     alignments = [align_offsets(s, t) for s, t in zip(student, teacher, strict=True)]
     s_length, t_length = max(map(len, student)), max(map(len, teacher))
     batch = collate(alignments, weights, s_length, t_length)
 
-    expected = [row * s_length + i for row, w in enumerate(weights) for i in range(len(w) - 1) if w[i + 1] > 0]
+    expected = [
+        row * s_length + i for row, w in enumerate(weights) for i in range(len(w) - 1) if w[i + 1] > 0
+    ]
     assert batch.student_index.tolist() == expected
     teacher_of = {
         row * s_length + a.student_index[k]: row * t_length + a.teacher_index[k]

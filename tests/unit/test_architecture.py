@@ -48,7 +48,9 @@ def test_imports_go_down(path: Path) -> None:
             assert _room(own) != "stages", f"{own} imports {other}: stages meet through folders"
         elif _room(other) not in FLOOR:
             assert _room(own) in ROOMS, f"{own} stands on the floor and imports {other}"
-            assert ROOMS.index(_room(other)) < ROOMS.index(_room(own)), f"{own} imports {other}, which lies above it"
+            assert ROOMS.index(_room(other)) < ROOMS.index(_room(own)), (
+                f"{own} imports {other}, which lies above it"
+            )
 
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)
@@ -57,7 +59,9 @@ def test_flower_is_known_in_one_place(path: Path) -> None:
         name.split(".")[0]
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
         if isinstance(node, ast.Import | ast.ImportFrom)
-        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+        for name in (
+            [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+        )
     }
     assert "flwr" not in names or _name(path).startswith("deepfusion.federation.flower.")
 
@@ -66,7 +70,9 @@ def test_the_first_level_has_ten_rooms_at_most_and_each_says_what_it_is_for() ->
     rooms = sorted(path.parent for path in (SOURCE / "deepfusion").glob("*/__init__.py"))
     assert len(rooms) <= 10
     for room in rooms:
-        assert ast.get_docstring(ast.parse((room / "__init__.py").read_text("utf-8"))), f"{room.name} does not say"
+        assert ast.get_docstring(ast.parse((room / "__init__.py").read_text("utf-8"))), (
+            f"{room.name} does not say"
+        )
 
 
 def test_libraries_have_no_cycles() -> None:
@@ -86,7 +92,9 @@ def test_no_untrusted_code(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            assert called not in {"torch.load", "pickle.load", "pickle.loads", "eval", "exec"}, f"{path.name}: {called}"
+            assert called not in {"torch.load", "pickle.load", "pickle.loads", "eval", "exec"}, (
+                f"{path.name}: {called}"
+            )
         if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
             assert isinstance(node.value, ast.Constant)
             assert node.value.value is False

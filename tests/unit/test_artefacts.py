@@ -21,20 +21,35 @@ from deepfusion.stages import distill
 
 
 def entry(device: str, tokens: int) -> dict[str, Any]:
-    return {"device": device, "tokens": tokens, "documents": tokens // 10, "digest": "ab" * 32, "type": "gpt2", "method": "full"}
+    return {
+        "device": device,
+        "tokens": tokens,
+        "documents": tokens // 10,
+        "digest": "ab" * 32,
+        "type": "gpt2",
+        "method": "full",
+    }
 
 
 def metrics(loss: float, tokens: tuple[int, int] = (900, 100)) -> dict[str, Any]:
     """Of a model on a long and a short domain: its mean over all tokens is far from its mean over domains."""
     rows = {
-        name: {"log_perplexity": value, "bits_per_byte": value / 2, "token_accuracy": value / 20, "choice_accuracy": choice,
+        name: {"log_perplexity": value, "bits_per_byte": value / 2, "token_accuracy": value / 20,
+        "choice_accuracy": choice,
                "acc": choice, "acc_norm": choice, "perplexity": 2.0, "tokens": count, "examples": 5}
         for (name, value, choice), count in zip((("long", loss, 0.25), ("short", loss + 2, None)), tokens, strict=True)
     }  # fmt: skip
     keys = ("log_perplexity", "bits_per_byte", "token_accuracy")
     pooled = {key: sum(row[key] * row["tokens"] for row in rows.values()) / sum(tokens) for key in keys}
     means = {key: sum(row[key] for row in rows.values()) / 2 for key in keys}
-    counts = {"tokens": sum(tokens), "examples": 10, "choice_accuracy": 0.25, "acc": 0.25, "acc_norm": 0.25, "perplexity": 2.0}
+    counts = {
+        "tokens": sum(tokens),
+        "examples": 10,
+        "choice_accuracy": 0.25,
+        "acc": 0.25,
+        "acc_norm": 0.25,
+        "perplexity": 2.0,
+    }
     return {**pooled, **counts, "mean_over_domains": {**means, "choice_accuracy": 0.25}, "by_domain": rows}
 
 
@@ -99,7 +114,8 @@ def test_cells_are_harmless() -> None:
 
 def test_one_mean_everywhere(tmp_path: Path) -> None:
     evaluation = {
-        "moe": metrics(3.0), "references": {"base": metrics(5.0), "no_distillation": None, "devices": None, "proxies": None},
+        "moe": metrics(3.0), "references": {"base": metrics(5.0), "no_distillation": None, "devices": None,
+        "proxies": None},
         "comparison": {"moe_minus_base": None}, "expert_use": None, "proxy_against_members": None,
     }  # fmt: skip
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
@@ -116,15 +132,21 @@ def test_one_mean_everywhere(tmp_path: Path) -> None:
         assert pooled not in text + html + shown
 
 
-def test_cards_of_a_fusion_of_plain_checkpoints(zoo: dict[str, Path], tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_cards_of_a_fusion_of_plain_checkpoints(
+    zoo: dict[str, Path], tmp_path: Path, settings: dict[str, Any]
+) -> None:
     """Every card of the run folder, through the stages that write them."""
     for number, name in enumerate(("one", "two")):
         save_checkpoint(tmp_path / "given" / name, "gpt2", seed=number)
-    values = overlay(settings, data={"public": ["sampled"], "private": []}, distill={"steps": 0}, tune={"steps": 0})
+    values = overlay(
+        settings, data={"public": ["sampled"], "private": []}, distill={"steps": 0}, tune={"steps": 0}
+    )
     del values["devices"]
     run = tmp_path / "run"
     run_settings(values, run, instead=[pipeline.given(tmp_path / "given")], last="tune")
-    cards = {path.parent.relative_to(run).as_posix(): path.read_text("utf-8") for path in run.rglob("README.md")}
+    cards = {
+        path.parent.relative_to(run).as_posix(): path.read_text("utf-8") for path in run.rglob("README.md")
+    }
     assert {"moe/final", "moe/control", "moe/merged", "moe/untaught", "bases/0", "proxies/0"} <= set(cards)
     assert "how they were trained is not known" in cards["moe/final"]
     assert "The one model of its cluster" in cards["proxies/0"]
@@ -136,7 +158,8 @@ def test_cards_of_a_fusion_of_plain_checkpoints(zoo: dict[str, Path], tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("trunk_share", "base"), [(1.0, "A copy of the trunk"), (0.5, "starting from the trunk"), (0.0, "from proxy 0")]
+    ("trunk_share", "base"),
+    [(1.0, "A copy of the trunk"), (0.5, "starting from the trunk"), (0.0, "from proxy 0")],
 )
 def test_a_base_tells_who_taught_it(
     trunk_share: float, base: str, zoo: dict[str, Path], tmp_path: Path, settings: dict[str, Any]

@@ -1,4 +1,6 @@
-"""FedJETs: compact MoEs compute what their experts do in the global one, means are exact, and a killed run ends the same."""
+"""FedJETs: compact MoEs compute what their experts do in the global one, means are exact, and a killed run ends the
+same.
+"""
 
 from __future__ import annotations
 
@@ -82,17 +84,27 @@ def keep(model: PreTrainedModel, experts: list[int]) -> fedjets.Kept:
 
 @contextmanager
 def masked(model: PreTrainedModel, kept: fedjets.Kept) -> Iterator[None]:
-    """The router of every layer sees only the kept experts; its weights after the families' definitions, written out plainly."""
+    """The router of every layer sees only the kept experts; its weights after the families' definitions, written out
+    plainly.
+    """
     config = model.config
 
-    def route(layer: int, module: torch.nn.Module, args: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def route(
+        layer: int, module: torch.nn.Module, args: Any, output: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
         logits, scores = output[0], torch.full_like(output[0], 0.0)
         inside = logits[:, kept[layer]]
-        scores[:, kept[layer]] = inside.sigmoid() if config.model_type == "deepseek_v3" else inside.softmax(-1)
+        scores[:, kept[layer]] = (
+            inside.sigmoid() if config.model_type == "deepseek_v3" else inside.softmax(-1)
+        )
         count = min(config.num_experts_per_tok, len(kept[layer]))
         if getattr(config, "n_group", 1) > 1:  # whole groups, by their best expert
             groups = scores.view(len(scores), config.n_group, -1)
-            best = groups.amax(-1).topk(min(config.topk_group, len(kept[layer]) * config.n_group // scores.shape[1])).indices
+            best = (
+                groups.amax(-1)
+                .topk(min(config.topk_group, len(kept[layer]) * config.n_group // scores.shape[1]))
+                .indices
+            )
             scores = (groups * torch.zeros(groups.shape[:2]).scatter(1, best, 1.0).unsqueeze(-1)).flatten(1)
         weights, indices = scores.topk(count)
         if config.model_type == "deepseek_v2":  # uniform scores are to add up to 1
@@ -129,7 +141,9 @@ CASES = [(family, 1, {}, 2) for family in FAMILIES] + [
 
 
 @pytest.mark.parametrize(("family", "split", "options", "kept"), CASES)
-def test_a_compact_moe_computes_what_the_global_one_does_with_the_kept_experts(zoo, tmp_path, family, split, options, kept):
+def test_a_compact_moe_computes_what_the_global_one_does_with_the_kept_experts(
+    zoo, tmp_path, family, split, options, kept
+):
     moe = loud(fuse(zoo[family], family, tmp_path, **options))
     experts = keep(moe, [base * split + part for base in (0, 2, 3)[:kept] for part in range(split)])
     compact = compact_model(moe, BASES, kept)
@@ -146,7 +160,9 @@ def test_of_equal_bases_any_choice_computes_the_base(zoo, tmp_path, family):
     moe = AutoModelForCausalLM.from_pretrained(fuse(zoo[family], family, tmp_path, split=2)).eval()
     compact = compact_model(moe, BASES, 3)
     load_compact(compact, moe, keep(moe, [0, 1, 4, 5, 6, 7]))
-    torch.testing.assert_close(logits(compact), logits(AutoModelForCausalLM.from_pretrained(zoo[family])), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        logits(compact), logits(AutoModelForCausalLM.from_pretrained(zoo[family])), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_what_cannot_be_pruned_is_refused(zoo, tmp_path):
@@ -170,7 +186,13 @@ def test_devices_that_return_what_they_got_change_no_bit(zoo, tmp_path, family, 
     uploads = []
     for experts, weight in (([0, 1], 3.0), ([1, 2], 7.0), ([0, 3], 1.1)):
         load_compact(compact, moe, keep(moe, experts))
-        uploads.append(({name: t.to(dtype, copy=True) for name, t in tensors_of(compact).items()}, keep(moe, experts), weight))
+        uploads.append(
+            (
+                {name: t.to(dtype, copy=True) for name, t in tensors_of(compact).items()},
+                keep(moe, experts),
+                weight,
+            )
+        )
     aggregate(moe, iter(uploads), dtype)
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(moe).items())
 
@@ -184,7 +206,9 @@ def test_means_are_those_of_the_devices_that_had_an_expert(zoo, tmp_path_factory
     compact = compact_model(moe, BASES, 2)
     choice = st.lists(st.integers(0, 7), min_size=4, max_size=4, unique=True)
     chosen = data.draw(st.lists(choice, min_size=1, max_size=4), label="experts of each device")
-    weights = data.draw(st.lists(st.integers(1, 999).map(float), min_size=len(chosen), max_size=len(chosen)), label="tokens")
+    weights = data.draw(
+        st.lists(st.integers(1, 999).map(float), min_size=len(chosen), max_size=len(chosen)), label="tokens"
+    )
     uploads = []
     for number, (experts, weight) in enumerate(zip(chosen, weights, strict=True)):
         torch.manual_seed(number)
@@ -195,11 +219,17 @@ def test_means_are_those_of_the_devices_that_had_an_expert(zoo, tmp_path_factory
         if ".mlp.experts." in name or ".mlp.gate." in name:
             layer = int(name.split(".")[2])
             for expert in range(8):
-                had = [(u[0][name][u[1][layer].tolist().index(expert)], u[2]) for u in uploads if expert in u[1][layer]]
+                had = [
+                    (u[0][name][u[1][layer].tolist().index(expert)], u[2])
+                    for u in uploads
+                    if expert in u[1][layer]
+                ]
                 mean = sum(t * w for t, w in had) / sum(w for _, w in had) if had else before[name][expert]
                 torch.testing.assert_close(tensor[expert], mean, atol=1e-5, rtol=1e-5)
         else:
-            torch.testing.assert_close(tensor, sum(u[0][name] * u[2] for u in uploads) / sum(weights), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                tensor, sum(u[0][name] * u[2] for u in uploads) / sum(weights), atol=1e-5, rtol=1e-5
+            )
 
 
 @given(
@@ -219,7 +249,9 @@ def test_the_draft_spreads_bases_evenly(scores, kept):
 
 def test_devices_are_drafted_by_what_sets_them_apart():
     # Everybody's favourite is base 0; the fourth device is the only one that leans away from it.
-    held, anchors = draft(torch.tensor([[0.8, 0.1, 0.1], [0.8, 0.1, 0.1], [0.7, 0.2, 0.1], [0.5, 0.2, 0.3]]), 1)
+    held, anchors = draft(
+        torch.tensor([[0.8, 0.1, 0.1], [0.8, 0.1, 0.1], [0.7, 0.2, 0.1], [0.5, 0.2, 0.3]]), 1
+    )
     assert held[3] == [2]
     assert held[2] == [1]
     assert anchors == {0: 0, 2: 1, 3: 2}
@@ -234,7 +266,9 @@ def test_preferences_are_mean_router_probabilities_whatever_the_padding(zoo, tmp
     together = preferences(moe, tokenizer, documents, BASES)
     assert list(together) == [0, 1]
     alone = [preferences(moe, tokenizer, [document], BASES) for document in documents]
-    counts = torch.tensor([len(tokenizer(d.example.text).input_ids) + 2.0 for d in documents], dtype=torch.float64)
+    counts = torch.tensor(
+        [len(tokenizer(d.example.text).input_ids) + 2.0 for d in documents], dtype=torch.float64
+    )
     for layer, shares in together.items():
         assert shares.sum().item() == pytest.approx(1)
         means = (torch.stack([own[layer] for own in alone]) * counts[:, None]).sum(0) / counts.sum()
@@ -244,9 +278,13 @@ def test_preferences_are_mean_router_probabilities_whatever_the_padding(zoo, tmp
 # Whole runs ----------------------------------------------------------------------------------------------------------
 
 
-def federation(settings: dict[str, Any], zoo: dict[str, Path], tmp_path: Path, family: str, **merge: Any) -> tuple[dict, Path]:
+def federation(
+    settings: dict[str, Any], zoo: dict[str, Path], tmp_path: Path, family: str, **merge: Any
+) -> tuple[dict, Path]:
     """Settings of five devices, and the start of their global MoE."""
-    text = [write_rows(tmp_path / f"{d}.jsonl", sentences(d, 120)) for d in ("medicine", "finance", "cooking")]
+    text = [
+        write_rows(tmp_path / f"{d}.jsonl", sentences(d, 120)) for d in ("medicine", "finance", "cooking")
+    ]
     values = overlay(
         settings, family=family, experts=BASES, devices=5, merge=merge, device={"types": [str(zoo["mini-gpt2"])]},
         data={"private": [str(path) for path in text], "partition": {"scheme": "by_domain"}},
@@ -282,7 +320,10 @@ def test_two_rounds_teach_the_moe_the_text_of_all_devices(zoo, settings, tmp_pat
         pinned = name.endswith("shared_expert_gate.weight")  # or it is no DeepSeek-MoE any more
         assert torch.equal(tensor, tensors_of(moe)[name]) == (pinned or tensor.numel() == 0), name
     # Each expert was on some device in each round, so it has changed.
-    changed = tensors_of(final)["model.layers.1.mlp.experts.down_proj"] != tensors_of(moe)["model.layers.1.mlp.experts.down_proj"]
+    changed = (
+        tensors_of(final)["model.layers.1.mlp.experts.down_proj"]
+        != tensors_of(moe)["model.layers.1.mlp.experts.down_proj"]
+    )
     assert changed.flatten(1).any(1).all()
 
     compact = compact_model(moe, BASES, 2)
@@ -309,8 +350,13 @@ def test_the_learning_rate_is_one_cosine_over_all_rounds(zoo, settings, tmp_path
     names = {row["unit"].split()[0] for row in rows}
     assert len(names) == 5
     for name in names:
-        rounds = [[r["learning_rate"] for r in rows if r["unit"] == f"{name} round {number}"] for number in (1, 2, 3)]
-        assert [max(rates) for rates in rounds] == pytest.approx([0.01, 0.0075, 0.0025])  # 1 + cos of 0, 60, 120 degrees
+        rounds = [
+            [r["learning_rate"] for r in rows if r["unit"] == f"{name} round {number}"]
+            for number in (1, 2, 3)
+        ]
+        assert [max(rates) for rates in rounds] == pytest.approx(
+            [0.01, 0.0075, 0.0025]
+        )  # 1 + cos of 0, 60, 120 degrees
         assert [rates[-1] for rates in rounds] == pytest.approx([0.0075, 0.0025, 0], abs=3e-4)
 
 
@@ -325,7 +371,11 @@ def test_a_start_in_bf16_moves_half_the_bytes_and_ends_in_bf16(zoo, settings, tm
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "moe" / "final", dtype="auto")
     assert final.dtype == torch.bfloat16
     compact = compact_model(final, BASES, 2)
-    assert summary["total_up_bytes"] == 5 * wire_bytes(compact, torch.bfloat16) == 5 * wire_bytes(compact, torch.float32) // 2
+    assert (
+        summary["total_up_bytes"]
+        == 5 * wire_bytes(compact, torch.bfloat16)
+        == 5 * wire_bytes(compact, torch.float32) // 2
+    )
 
 
 def test_without_private_text_there_is_nothing_to_do(zoo, settings, tmp_path):

@@ -33,7 +33,10 @@ words = st.text("abé ", max_size=6)
 
 def documents(*teachers: int | None) -> list[Window]:
     rows = [row["text"] for domain in ("finance", "cooking") for row in sentences(domain, 3)]
-    return [Window(Document(row[:9], row[9:60], "d"), "public", teacher) for row, teacher in zip(rows, teachers, strict=False)]
+    return [
+        Window(Document(row[:9], row[9:60], "d"), "public", teacher)
+        for row, teacher in zip(rows, teachers, strict=False)
+    ]
 
 
 def made(
@@ -52,7 +55,8 @@ def distance(a: str, b: str) -> int:
     return min(distance(a[1:], b) + 1, distance(a, b[1:]) + 1, distance(a[1:], b[1:]) + (a[0] != b[0]))
 
 
-# ------------------------------------------------------------------------------------------------------------------- MinED
+# -------------------------------------------------------------------------------------------------------------------
+# MinED
 
 
 @effort(deadline=None, max_examples=50)
@@ -63,7 +67,9 @@ def test_edit_distances_are_levenshteins(pairs):
 
 
 @effort(deadline=None, max_examples=30)
-@given(st.lists(words, min_size=1, max_size=8, unique=True), st.lists(words, min_size=1, max_size=8, unique=True))
+@given(
+    st.lists(words, min_size=1, max_size=8, unique=True), st.lists(words, min_size=1, max_size=8, unique=True)
+)
 def test_vocabulary_map_finds_the_nearest_token(student, teacher):
     found = fedkmt.vocabulary_map(student, teacher, NONE_SHARED)
     known = [token for token in student if token]
@@ -108,7 +114,9 @@ def test_identical_tokenizers_align_as_they_are(zoo):
 
 @pytest.mark.parametrize("name", ["mini-gpt2", "mini-llama"])
 def test_different_tokenizers_match_the_same_words(zoo, name):
-    """Every match is of mapped tokens in text order, and most are of tokens that look alike: here they are often letters."""
+    """Every match is of mapped tokens in text order, and most are of tokens that look alike: here they are often
+    letters.
+    """
     tokenizer = load_tokenizer(zoo["qwen3_moe"])
     teacher = Teacher(zoo[name], tokenizer, "fp32", CPU)
     mined = MinED(tokenizer, teacher, len(teacher.tokenizer))
@@ -127,7 +135,8 @@ def test_different_tokenizers_match_the_same_words(zoo, name):
         assert sum(a == b for a, b in same) > 0.5 * len(same) > 2
 
 
-# ------------------------------------------------------------------------------------------------------------ FedKMT's loss
+# ------------------------------------------------------------------------------------------------------------
+# FedKMT's loss
 
 
 def test_top_knowledge_by_hand():
@@ -143,7 +152,9 @@ def test_top_knowledge_by_hand():
 
 
 @torch.no_grad()
-def reference_fedkmt(module: FedKMT, collator: Collator, document: Window, top_k: int) -> tuple[float, float, bool]:
+def reference_fedkmt(
+    module: FedKMT, collator: Collator, document: Window, top_k: int
+) -> tuple[float, float, bool]:
     """CE and KD loss of one text as loops over its tokens, and whether the teacher is better; same tokenizer or not."""
     teacher = module.teachers[0]
     encoded = encode(collator.tokenizer, document.document, 0.5)
@@ -159,7 +170,9 @@ def reference_fedkmt(module: FedKMT, collator: Collator, document: Window, top_k
         here = surprise
         if partner[t] >= 0:
             best: dict[int, float] = {}
-            for value, id_ in sorted(zip(logits[partner[t]].tolist(), range(logits.shape[1]), strict=True), reverse=True)[:top_k]:
+            for value, id_ in sorted(
+                zip(logits[partner[t]].tolist(), range(logits.shape[1]), strict=True), reverse=True
+            )[:top_k]:
                 best.setdefault(int(module.mined[0].to_student[id_]), value)
             best.pop(-1, None)
             norm = sum(math.exp(value) for value in best.values())
@@ -174,7 +187,11 @@ def reference_fedkmt(module: FedKMT, collator: Collator, document: Window, top_k
 def test_fedkmt_is_its_reference(zoo, name):
     """Random models: the one with the smaller vocabulary finds the text less surprising, here mostly the teacher."""
     module, collator = made(
-        FedKMT, zoo["qwen3_moe"], {0: zoo[name]}, LossWeights(0.9, 9.0, 0.1, 9.0), settings=FedKMTSettings(top_k=5)
+        FedKMT,
+        zoo["qwen3_moe"],
+        {0: zoo[name]},
+        LossWeights(0.9, 9.0, 0.1, 9.0),
+        settings=FedKMTSettings(top_k=5),
     )
     for document in documents(0, 0, 0):
         found = module(**collator([document]))
@@ -196,7 +213,9 @@ def test_fedkmt_takes_nothing_from_a_worse_teacher(zoo, tmp_path):
     better.save_pretrained(tmp_path / "even")
     load_tokenizer(student).save_pretrained(tmp_path / "worse")
     load_tokenizer(student).save_pretrained(tmp_path / "even")
-    module, collator = made(FedKMT, student, {0: tmp_path / "worse", 1: tmp_path / "even"}, LossWeights(beta=1.0))
+    module, collator = made(
+        FedKMT, student, {0: tmp_path / "worse", 1: tmp_path / "even"}, LossWeights(beta=1.0)
+    )
     assert float(module(**collator(documents(0, 0)))["taught"]) == 0
     nothing = module(**collator(documents(0, 0)))
     torch.testing.assert_close(nothing["loss"], nothing["ce"])
@@ -204,7 +223,8 @@ def test_fedkmt_takes_nothing_from_a_worse_teacher(zoo, tmp_path):
     assert float(module(**collator(documents(1, 1)))["taught"]) == 1
 
 
-# ------------------------------------------------------------------------------------------------------------ OFA-KD's loss
+# ------------------------------------------------------------------------------------------------------------
+# OFA-KD's loss
 
 
 def log_distributions(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -231,8 +251,14 @@ def test_ofa_loss_at_exponent_one_has_the_gradient_of_the_divergence():
 
 def test_ofa_loss_weighs_the_target_the_more_the_surer_the_teacher():
     teacher = torch.tensor([[0.2, 0.8], [0.8, 0.2]]).log()
-    weight = [float(ofakd.ofa_loss(torch.tensor([[-1.0, 0.0]]), row[None], torch.tensor([0]), 1.5)[0]) for row in teacher]
-    plain = [float(ofakd.ofa_loss(torch.tensor([[-1.0, 0.0]]), row[None], torch.tensor([-1]), 1.5)[0]) for row in teacher]
+    weight = [
+        float(ofakd.ofa_loss(torch.tensor([[-1.0, 0.0]]), row[None], torch.tensor([0]), 1.5)[0])
+        for row in teacher
+    ]
+    plain = [
+        float(ofakd.ofa_loss(torch.tensor([[-1.0, 0.0]]), row[None], torch.tensor([-1]), 1.5)[0])
+        for row in teacher
+    ]
     assert weight[1] - plain[1] > weight[0] - plain[0] > 0
 
 
@@ -249,7 +275,13 @@ def test_ofakd_compares_what_the_divergence_compares(zoo, name):
     """At exponent 1 and without exits the gradient of the student is that of L_CE + L_KL, whatever the tokenizers."""
     weights = LossWeights(0.7, beta=1.3)
     plain, collator = made(Distiller, zoo["qwen3_moe"], {0: zoo[name]}, weights)
-    ours, _ = made(OFAKD, zoo["qwen3_moe"], {0: zoo[name]}, weights, settings=OFAKDSettings(exponent=1.0, exit_weight=0.0))
+    ours, _ = made(
+        OFAKD,
+        zoo["qwen3_moe"],
+        {0: zoo[name]},
+        weights,
+        settings=OFAKDSettings(exponent=1.0, exit_weight=0.0),
+    )
     batch = collator(documents(0, 0, None))
     for module in (plain, ours):
         module(**batch)["loss"].backward()
@@ -260,18 +292,23 @@ def test_ofakd_compares_what_the_divergence_compares(zoo, name):
 def test_ofakd_has_an_exit_per_stage(zoo):
     for stages, exits in ((1, 1), (4, 2)):  # the student has two layers
         weights = LossWeights(beta=1.0)
-        module, collator = made(OFAKD, zoo["qwen3_moe"], {0: zoo["mini-llama"]}, weights, settings=OFAKDSettings(stages=stages))
+        module, collator = made(
+            OFAKD, zoo["qwen3_moe"], {0: zoo["mini-llama"]}, weights, settings=OFAKDSettings(stages=stages)
+        )
         assert len(module.vaa["exits"]) == exits
         found = module(**collator(documents(0, 0)))
         assert 0 < found["exits"] < found["kl"]
 
 
-# ------------------------------------------------------------------------------------------------------------------- steps
+# -------------------------------------------------------------------------------------------------------------------
+# steps
 
 
 @METHODS
 def test_mixed_batch_is_the_mean_of_its_groups(zoo, method):
-    module, collator = made(method, zoo["qwen3_moe"], {0: zoo["mini-gpt2"], 1: zoo["mini-llama"]}, LossWeights(beta=1.0))
+    module, collator = made(
+        method, zoo["qwen3_moe"], {0: zoo["mini-gpt2"], 1: zoo["mini-llama"]}, LossWeights(beta=1.0)
+    )
     batch = documents(0, 1, None, 1, 0, 0)
     mean, total = 0.0, 0.0
     for wanted in (0, 1, None):
@@ -316,7 +353,11 @@ def test_only_student_and_exits_learn_and_features_take_no_part(zoo, method):
     found["loss"].backward()
     torch.testing.assert_close(found["loss"], found["ce"] + found["kl"])
     assert all(parameter.grad is None for parameter in guide[0].model.parameters())
-    lost = [name for name, p in module.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
+    lost = [
+        name
+        for name, p in module.named_parameters()
+        if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()
+    ]
     assert lost == []
 
 
@@ -336,7 +377,8 @@ def test_loss_falls(zoo, method, name):
     assert losses[-1] < 0.8 * losses[0]
 
 
-# --------------------------------------------------------------------------------------------------------------- the stage
+# --------------------------------------------------------------------------------------------------------------- the
+# stage
 
 
 @pytest.mark.parametrize("baseline", [fedkmt, ofakd], ids=["fedkmt", "ofakd"])

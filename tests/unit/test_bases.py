@@ -41,8 +41,12 @@ def chosen(config: Config, folder: Path) -> tuple[str, str]:
     return Path(str(found.distill.base)).name, found.family
 
 
-@pytest.mark.parametrize(("kind", "family"), [("llama", "deepseek"), ("qwen2", "qwen2_moe"), ("qwen3", "qwen3_moe")])
-def test_the_largest_model_that_can_be_a_base_is_one_and_the_family_follows(kind: str, family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "family"), [("llama", "deepseek"), ("qwen2", "qwen2_moe"), ("qwen3", "qwen3_moe")]
+)
+def test_the_largest_model_that_can_be_a_base_is_one_and_the_family_follows(
+    kind: str, family: str, tmp_path: Path
+) -> None:
     save(tmp_path / "b", kind, 32)
     save(tmp_path / "a", kind, 32)
     save(tmp_path / "small", kind, 16)
@@ -77,7 +81,9 @@ def test_a_model_that_cannot_be_laid_out_is_no_base(tmp_path: Path) -> None:
 def test_unreadable_models_are_no_bases(tmp_path: Path) -> None:
     save(tmp_path / "good", "llama", 16)
     path = save(tmp_path / "quantised", "llama", 32) / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "gptq"}}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "gptq"}})
+    )
     (save(tmp_path / "torn", "llama", 32) / "model.safetensors").write_bytes(b"x")
     assert chosen(parse_config({}), tmp_path) == ("good", "deepseek")
 
@@ -85,7 +91,9 @@ def test_unreadable_models_are_no_bases(tmp_path: Path) -> None:
 def test_a_base_much_smaller_than_its_teachers_is_refused_and_the_line_says_what_to_do() -> None:
     for types in ("[gpt2]", "[tinyllama, tiny-gpt2]"):
         config = load_config(overrides=["devices=2", f"device.types={types}"])
-        with pytest.raises(InputError, match=r"tiny-qwen3 has 1\.12M weights.*--set distill\.base=.*\[base-too-small\]"):
+        with pytest.raises(
+            InputError, match=r"tiny-qwen3 has 1\.12M weights.*--set distill\.base=.*\[base-too-small\]"
+        ):
             bases.with_base(config, bases.teachers_of_config(config))
 
 
@@ -103,14 +111,22 @@ def test_the_packaged_types_and_bases_go_together() -> None:
         ({}, 1, 1, 1, 1),
         ({}, 20, 2, 8, 2),
         ({}, 12, 12, 12, 2),  # a cluster for each type
-        ({"clustering": {"proxies": 16}, "distill": {"trunk_share": 1.0}}, 12, 12, 8, 2),  # as many without more experts
+        (
+            {"clustering": {"proxies": 16}, "distill": {"trunk_share": 1.0}},
+            12,
+            12,
+            8,
+            2,
+        ),  # as many without more experts
         ({"top_k": 3}, 9, 1, 8, 3),
         ({"top_k": 6}, 9, 1, 8, 6),
         ({"experts": 2}, 9, 1, 2, 2),
         ({"experts": 1}, 9, 1, 1, 1),
     ],
 )
-def test_the_number_of_experts_fits_the_models(values: dict, count: int, types: int, experts: int, top_k: int) -> None:
+def test_the_number_of_experts_fits_the_models(
+    values: dict, count: int, types: int, experts: int, top_k: int
+) -> None:
     found = bases.with_experts(parse_config(values), count, types)
     assert (found.experts, found.top_k) == (experts, top_k)
 

@@ -55,7 +55,9 @@ def test_every_variant_changes_a_config_that_is_valid(variant: Variant) -> None:
     changed = [cell.config(*recipe, *cell.own) for cell in cells]
     assert changed != [cell.config(*recipe, *against.own) for cell in plain]
     for config in changed:
-        assert config.distill.vaa.stages <= min(model_config(name).num_hidden_layers for name in config.device.types)
+        assert config.distill.vaa.stages <= min(
+            model_config(name).num_hidden_layers for name in config.device.types
+        )
 
 
 def test_an_ablation_brings_the_unchanged_cells_with_it() -> None:
@@ -67,10 +69,16 @@ def test_an_ablation_brings_the_unchanged_cells_with_it() -> None:
 
 
 def test_an_ablation_can_be_cut_to_some_variants_and_what_they_are_compared_with() -> None:
-    cells = ablation_cells(["vaa", "losses", "schedule"], "medical", 16, range(1), only=["causal", "beta-3", "two-schedules"])
-    asked = {(method, "causal") for method in ("paper", "fused")} | {(m, "beta-3") for m in ("paper", "fused", "fedkmt", "ofakd")}
+    cells = ablation_cells(
+        ["vaa", "losses", "schedule"], "medical", 16, range(1), only=["causal", "beta-3", "two-schedules"]
+    )
+    asked = {(method, "causal") for method in ("paper", "fused")} | {
+        (m, "beta-3") for m in ("paper", "fused", "fedkmt", "ofakd")
+    }
     two = {(method, "two-schedules") for method in ("fused", "paper", "fedkmt", "ofakd", "public")}
-    assert {(cell.method, cell.variant) for cell in cells} == asked | two | {(method, "") for method, _ in two}
+    assert {(cell.method, cell.variant) for cell in cells} == asked | two | {
+        (method, "") for method, _ in two
+    }
     assert len(cells) == len({cell.name for cell in cells})
     assert {cell.own for cell in cells if cell.variant == "two-schedules"} == {("distill.handover=0",)}
     with pytest.raises(InputError, match=r"there is no variant K-3x.*random-clusters.*unknown-ablation"):
@@ -80,7 +88,12 @@ def test_an_ablation_can_be_cut_to_some_variants_and_what_they_are_compared_with
 def test_ablations_are_listed(invoke: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     listed = json.loads(invoke("bench", "ablation", "--json").out)["ablations"]
     assert {row["group"] for row in listed} == set(ABLATIONS)
-    assert {"group": "vaa", "method": "fused", "variant": "no-features", "change": "distill.alpha=0"} in listed
+    assert {
+        "group": "vaa",
+        "method": "fused",
+        "variant": "no-features",
+        "change": "distill.alpha=0",
+    } in listed
     monkeypatch.setenv("COLUMNS", "150")
     assert "distill.handover=0 distill.trunk_share=0.5" in invoke("bench", "ablation").out
 
@@ -102,31 +115,45 @@ def test_every_committed_result_is_the_one_its_cell_asks_for() -> None:
         assert stored(cell, RESULTS) == row
 
 
-def test_a_cell_that_fails_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cell_that_fails_does_not_stop_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cells = [Cell(case, 16, 0, "base", shared=("data.limit=10",)) for case in CASES]
     with pytest.raises(InputError, match="2 of 2 cells failed: finance-16-seed0-base, medical-16-seed0-base"):
         run_cells(cells, tmp_path / "runs", tmp_path / "results", workers=1)
     told = capsys.readouterr().err.splitlines()
-    assert [line.split(": ")[0] for line in told if "failed" in line] == [f"[bench] {case}-16-seed0-base failed" for case in CASES]
+    assert [line.split(": ")[0] for line in told if "failed" in line] == [
+        f"[bench] {case}-16-seed0-base failed" for case in CASES
+    ]
 
 
 def test_no_device_is_trained_for_a_method_that_needs_none(tmp_path: Path) -> None:
     small = ("data.limit=150", "data.max_chars=200", "evaluate.max_documents=2")
-    [found] = run_cells([Cell("finance", 16, 0, "base", shared=small)], tmp_path / "runs", tmp_path / "results")
+    [found] = run_cells(
+        [Cell("finance", 16, 0, "base", shared=small)], tmp_path / "runs", tmp_path / "results"
+    )
     assert not (tmp_path / "runs" / "devices").exists()
     assert found["test"]["mean_over_domains"]["log_perplexity"] > 0
-    assert not any([*found["budget"]["device"].values(), *found["transport"].values(), found["device_seconds"]])
+    assert not any(
+        [*found["budget"]["device"].values(), *found["transport"].values(), found["device_seconds"]]
+    )
 
 
 def test_the_page_of_results_comes_from_the_committed_json_bit_for_bit(tmp_path: Path) -> None:
-    assert page(RESULTS, ROOT / "benchmarks" / "results" / "costs.json") == (ROOT / "docs" / "results.md").read_text("utf-8")
+    assert page(RESULTS, ROOT / "benchmarks" / "results" / "costs.json") == (
+        ROOT / "docs" / "results.md"
+    ).read_text("utf-8")
     for plot in write_plots(RESULTS, tmp_path):
         assert plot.read_bytes() == (ROOT / "docs" / plot.name).read_bytes()
 
 
 def test_the_bound_is_the_centralized_run_that_is_best_on_held_out_text(tmp_path: Path) -> None:
     plain = json.loads((RESULTS / "finance-16-seed0-centralized.json").read_text("utf-8"))
-    for variant, validation, test in (("", 3.0, 3.5), ("half", 3.2, 3.7), ("twice", 3.1, 3.3)):  # not by the test
+    for variant, validation, test in (
+        ("", 3.0, 3.5),
+        ("half", 3.2, 3.7),
+        ("twice", 3.1, 3.3),
+    ):  # not by the test
         plain["variant"] = variant
         plain["validation"]["mean_over_domains"]["log_perplexity"] = validation
         plain["test"]["mean_over_domains"]["log_perplexity"] = test
@@ -137,19 +164,34 @@ def test_the_bound_is_the_centralized_run_that_is_best_on_held_out_text(tmp_path
 
 
 def test_the_page_says_first_whom_fused_is_ahead_of_and_whom_not(tmp_path: Path) -> None:
-    losses = {"fused": (3.0, 3.2), "paper": (3.5, 3.6), "fedkmt": (3.1, 3.2), "public": (2.9, 3.1), "average": (9.0, 9.0)}
+    losses = {
+        "fused": (3.0, 3.2),
+        "paper": (3.5, 3.6),
+        "fedkmt": (3.1, 3.2),
+        "public": (2.9, 3.1),
+        "average": (9.0, 9.0),
+    }
     losses["fused-proxies-16"] = (2.8, 3.1)
     for method, values in losses.items():
         for seed, loss in enumerate(values):
             name = f"finance-16-seed{seed}-{method}"
             row = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
-            row["test"]["mean_over_domains"] = {"log_perplexity": loss, "bits_per_byte": loss / 2, "token_accuracy": 0.2}
+            row["test"]["mean_over_domains"] = {
+                "log_perplexity": loss,
+                "bits_per_byte": loss / 2,
+                "token_accuracy": 0.2,
+            }
             (tmp_path / f"{name}.json").write_text(json.dumps(row), "utf-8")
     short = page(tmp_path).split("## ")[1]
     rows = [line.split(" | ") for line in short.splitlines() if line.startswith("| finance")]
-    assert [row[1:3] for row in rows] == [[m, p] for m in ("loss", "token accuracy, %") for p in ("one per expert", "16")]
+    assert [row[1:3] for row in rows] == [
+        [m, p] for m in ("loss", "token accuracy, %") for p in ("one per expert", "16")
+    ]
     loss, more, accuracy, _ = (row[3:] for row in rows)
-    assert loss[:2] == ["3 of 4", "2"]  # paper and, in bits per byte, average; FedKMT +0.05 is less than the spread of 0.07
+    assert loss[:2] == [
+        "3 of 4",
+        "2",
+    ]  # paper and, in bits per byte, average; FedKMT +0.05 is less than the spread of 0.07
     assert "FedKMT +0.0500 ± 0.0707" in loss[2]
     assert "public text alone, best number of steps -0.1000 ± 0.0000" in loss[2]
     assert "recipe paper" not in loss[2]

@@ -1,4 +1,6 @@
-"""The costs of FedJETS and ours: byte counts against real files, sizes against published ones, tables from their JSON."""
+"""The costs of FedJETS and ours: byte counts against real files, sizes against published ones, tables from their
+JSON.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def test_an_upload_has_the_bytes_that_are_written(kind: str, tmp_path: Path) -> 
             parameter.add_(0.01)
     for encoding in ("delta8", "delta4"):
         (tmp_path / encoding).mkdir()
-        compact.write_delta(tmp_path / encoding, trained.state_dict(), compact.open_base(str(tmp_path / "base")), encoding)
+        compact.write_delta(
+            tmp_path / encoding, trained.state_dict(), compact.open_base(str(tmp_path / "base")), encoding
+        )
         assert counted[encoding] == stored_bytes(tmp_path / encoding)
     torch.nn.Module.to(trained, torch.bfloat16)
     trained.save_pretrained(tmp_path / "bf16")
@@ -94,7 +98,9 @@ def test_the_global_moes_have_the_published_sizes(communication: dict[str, Any])
     medical, finance = (case["moe"] for case in communication["cases"].values())
     assert medical["total"] == 14_315_784_192  # "14.3B parameters in total and 2.7B activated", model card
     assert round(medical["active"] / 1e9, 1) == 2.7
-    assert finance["total"] == 16_375_728_128  # "16.4B parameters", model card; without a gate of the shared experts
+    assert (
+        finance["total"] == 16_375_728_128
+    )  # "16.4B parameters", model card; without a gate of the shared experts
     assert round(finance["active"] / 1e9, 1) == 2.8
     for moe in (medical, finance):  # a token consults all experts that are left
         assert moe["bf16"]["all"] == pytest.approx(2 * moe["active"], rel=0.01)
@@ -130,7 +136,9 @@ def test_memory_compares_like_with_like(stored: dict[str, Any]) -> None:
         for row in case["rows"]:
             assert row["bytes"][few] < row["bytes"][many]
             assert all(row["bytes"][type] < row["bytes"][few] for type in case["paper"]["ours"])
-        full = {(row["precision"], row["batch"]): row["bytes"] for row in case["rows"] if row["method"] == "full"}
+        full = {
+            (row["precision"], row["batch"]): row["bytes"] for row in case["rows"] if row["method"] == "full"
+        }
         compared = [row for row in case["comparisons"] if row["ours"] == row["fedjets"] == "full"]
         assert len(compared) == len(full)
         for row in compared:
@@ -142,10 +150,20 @@ def test_an_eighth_is_an_eighth_in_every_part() -> None:
     for case in costs.CASES.values():
         for config in (*map(model_config, case.types), costs.pruned(case.moe, case.moe.num_experts_per_tok)):
             whole, part = architecture(config).tensors, architecture(costs.eighth(config)).tensors
-            embeddings = sum(math.prod(shape) for name, shape in whole.items() if ".layers." not in name and ".h." not in name)
-            small = sum(math.prod(shape) for name, shape in part.items() if ".layers." not in name and ".h." not in name)
+            embeddings = sum(
+                math.prod(shape)
+                for name, shape in whole.items()
+                if ".layers." not in name and ".h." not in name
+            )
+            small = sum(
+                math.prod(shape)
+                for name, shape in part.items()
+                if ".layers." not in name and ".h." not in name
+            )
             assert 8 * small == pytest.approx(embeddings, rel=1e-3)
-            assert 8 * sum(map(math.prod, part.values())) == pytest.approx(sum(map(math.prod, whole.values())), rel=0.01)
+            assert 8 * sum(map(math.prod, part.values())) == pytest.approx(
+                sum(map(math.prod, whole.values())), rel=0.01
+            )
 
 
 def test_the_tables_follow_from_the_json_alone(stored: dict[str, Any], communication: dict[str, Any]) -> None:

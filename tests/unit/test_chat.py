@@ -1,4 +1,6 @@
-"""Conversations as each model's own chat template writes them: what is learned, what is measured, what two templates share."""
+"""Conversations as each model's own chat template writes them: what is learned, what is measured, what two templates
+share.
+"""
 
 from __future__ import annotations
 
@@ -70,16 +72,22 @@ def learned_text(tokenizer: PreTrainedTokenizerFast, document: Document) -> str:
 
 @settings(deadline=None)
 @given(TURNS, st.none() | CONTENT)
-def test_tokens_are_those_of_the_template_and_all_answers_are_learned(pairs: list[tuple[str, str]], system: str | None) -> None:
+def test_tokens_are_those_of_the_template_and_all_answers_are_learned(
+    pairs: list[tuple[str, str]], system: str | None
+) -> None:
     document = chat(pairs, system)
     messages = [{"role": turn.role, "content": turn.content} for turn in document.turns]
     whole = CHAT.apply_chat_template(messages, tokenize=True, return_dict=False)
     encoded = encode(CHAT, document)
     assert encoded.input_ids.tolist() == whole[: len(encoded.input_ids)]
-    assert CHAT.decode(whole[len(encoded.input_ids) :]) == "\n"  # what follows the last mark is for nobody to learn
+    assert (
+        CHAT.decode(whole[len(encoded.input_ids) :]) == "\n"
+    )  # what follows the last mark is for nobody to learn
     answers = [turn.content for turn in document.turns if turn.learned]
     assert learned_text(CHAT, document) == "".join(answers)
-    assert CHAT.decode(encoded.input_ids[encoded.weights > 0]) == "".join(f"{answer}<|im_end|>" for answer in answers)
+    assert CHAT.decode(encoded.input_ids[encoded.weights > 0]) == "".join(
+        f"{answer}<|im_end|>" for answer in answers
+    )
     assert learned_text(PLAIN, document) == "".join(f" {answer}" for answer in answers)
     assert prompt_ids(CHAT, document) == encoded.input_ids[: len(prompt_ids(CHAT, document))].tolist()
     assert CHAT.decode(prompt_ids(CHAT, document)).endswith("<|im_start|>assistant\n")
@@ -96,7 +104,9 @@ def test_offsets_are_characters_of_the_plain_text(pairs: list[tuple[str, str]], 
         assert (np.diff(starts) >= 0).all()
         for (start, end), turn in zip(document.contents, document.turns, strict=True):
             inside = (ends > starts) & (starts >= start) & (ends <= end)
-            assert set(range(start, end)) == {place for a, b in encoded.offsets[inside] for place in range(a, b)}
+            assert set(range(start, end)) == {
+                place for a, b in encoded.offsets[inside] for place in range(a, b)
+            }
             assert document.text[start:end] == turn.content
         assert starts[-1] == ends[-1] == len(document.text)
 
@@ -117,12 +127,18 @@ def test_two_templates_meet_at_every_character_of_the_contents(pairs: list[tuple
         for (start, end), turn in zip(document.contents, document.turns, strict=True):
             if turn.content.isascii():
                 assert set(range(start + 2, end + 1)) <= compared
-            assert start + 1 not in compared  # the first of a turn: one template writes a space there, another none
+            assert (
+                start + 1 not in compared
+            )  # the first of a turn: one template writes a space there, another none
 
 
 def test_equal_templates_are_one_and_the_same_reading() -> None:
     document = chat([("Hi", "Hello")])
-    assert encode(CHAT, document).template == encode(copy.deepcopy(CHAT), document).template != encode(OTHER, document).template
+    assert (
+        encode(CHAT, document).template
+        == encode(copy.deepcopy(CHAT), document).template
+        != encode(OTHER, document).template
+    )
     assert encode(PLAIN, document).template == ""
     assert shared_vocabulary(CHAT, OTHER).identical
 
@@ -135,7 +151,9 @@ def test_a_system_turn_goes_into_the_first_question_where_a_template_knows_none(
 
 def test_what_a_template_cannot_write_is_refused_in_one_line() -> None:
     twice = conversation([Turn("user", "a"), Turn("user", "b"), Turn("assistant", "c", True)], "d")
-    with pytest.raises(InputError, match=r"cannot write the turns user, user, assistant \(.*alternate") as error:
+    with pytest.raises(
+        InputError, match=r"cannot write the turns user, user, assistant \(.*alternate"
+    ) as error:
         encode(OTHER, twice)
     assert "\n" not in str(error.value)
     forgetful = byte_tokenizer("{% for m in messages[-1:] %}{{ m['content'] }}{% endfor %}")
@@ -158,10 +176,13 @@ def test_turns_of_weight_0_are_read_and_not_learned() -> None:
 
 @settings(deadline=None)
 @given(TURNS, st.integers(24, 120), st.none() | CONTENT)
-def test_windows_hold_every_answer_once(pairs: list[tuple[str, str]], max_chars: int, system: str | None) -> None:
+def test_windows_hold_every_answer_once(
+    pairs: list[tuple[str, str]], max_chars: int, system: str | None
+) -> None:
     cut = cut_windows(chat(pairs, system), max_chars)
     learned = "".join(
-        "".join(turn.content for turn in window.turns if turn.learned) if window.turns else window.text for window in cut
+        "".join(turn.content for turn in window.turns if turn.learned) if window.turns else window.text
+        for window in cut
     )
     assert learned == "".join(answer for _, answer in pairs)
     assert all(0 < len(window.text) <= max_chars for window in cut)
@@ -171,7 +192,8 @@ def test_windows_hold_every_answer_once(pairs: list[tuple[str, str]], max_chars:
 
 def test_the_corpus_keeps_conversations(tmp_path: Path) -> None:
     documents = [
-        Window(window, "public", 1) for window in cut_windows(chat([("Hi", "Hello " * 9), ("And", "So")], "Be kind."), 40)
+        Window(window, "public", 1)
+        for window in cut_windows(chat([("Hi", "Hello " * 9), ("And", "So")], "Be kind."), 40)
     ] + [Window(Document("p", " ", "d"), "sampled", 0)]
     write_corpus(documents, tmp_path / "corpus.jsonl")
     assert read_corpus(tmp_path / "corpus.jsonl") == documents

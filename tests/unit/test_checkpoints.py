@@ -14,7 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from deepfusion.digests import folder_digest, sha256_file
 from deepfusion.errors import InputError
-from deepfusion.models.checkpoints import TensorReader, TensorWriter, check_same_tensors, copy_tokenizer, mean_of, mean_tensor
+from deepfusion.models.checkpoints import (
+    TensorReader,
+    TensorWriter,
+    check_same_tensors,
+    copy_tokenizer,
+    mean_of,
+    mean_tensor,
+)
 
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -51,7 +58,9 @@ def test_small_checkpoint_is_one_file_and_a_large_one_is_indexed_shards(tmp_path
     assert [path.name for path in one.iterdir()] == ["model.safetensors"]
     many = write(tmp_path / "many", tensors, shard_bytes=400)
     index = json.loads((many / "model.safetensors.index.json").read_text())
-    assert index["weight_map"] == {name: f"model-0000{i}-of-00003.safetensors" for i, name in enumerate("abc", 1)}
+    assert index["weight_map"] == {
+        name: f"model-0000{i}-of-00003.safetensors" for i, name in enumerate("abc", 1)
+    }
     assert index["metadata"]["total_size"] == 1200
     assert all(list(load_file(many / file)) == [name] for name, file in index["weight_map"].items())
 
@@ -98,7 +107,10 @@ def test_index_cannot_reach_outside_of_its_folder(tmp_path, file):
 
 
 @QUICK
-@given(text=st.text(max_size=30) | st.sampled_from(["[]", "{}", "1", '{"weight_map": []}', '{"weight_map": {"a": [1]}}']))
+@given(
+    text=st.text(max_size=30)
+    | st.sampled_from(["[]", "{}", "1", '{"weight_map": []}', '{"weight_map": {"a": [1]}}'])
+)
 def test_any_broken_index_is_an_input_error(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(InputError):
@@ -119,7 +131,11 @@ def test_asking_for_an_unknown_tensor_is_an_input_error(tmp_path):
 
 
 @QUICK
-@given(count=st.integers(1, 7), seed=st.integers(0, 2**31), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+@given(
+    count=st.integers(1, 7),
+    seed=st.integers(0, 2**31),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
 def test_streaming_mean_is_the_mean_cast_once(tmp_path_factory, count, seed, dtype):
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(count, 5, 3, generator=generator).to(dtype)
@@ -142,7 +158,11 @@ def test_weighted_mean_is_the_weighted_mean(weights, seed):
 
 
 @QUICK
-@given(count=st.integers(1, 11), seed=st.integers(0, 2**31), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+@given(
+    count=st.integers(1, 11),
+    seed=st.integers(0, 2**31),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
 def test_mean_of_identical_tensors_is_bit_identical(tmp_path_factory, count, seed, dtype):
     value = torch.randn(17, generator=torch.Generator().manual_seed(seed)).to(dtype)
     reader = TensorReader(write(tmp_path_factory.mktemp("same"), {"w": value}))

@@ -1,4 +1,6 @@
-"""`acc` and `acc_norm` against lm-evaluation-harness: its stored figures, itself where it is installed, and its definition."""
+"""`acc` and `acc_norm` against lm-evaluation-harness: its stored figures, itself where it is installed, and its
+definition.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def check(model: PreTrainedModel, tokenizer: Any, expected: dict[str, Any]) -> N
     asked = [question(row) for row in STORED["questions"]]
     pairs = [encode_pair(tokenizer, one.prompt, option) for one in asked for option in one.options]
     found = log_likelihoods(model, pairs, 5, reading_limit(model, tokenizer))
-    assert found == pytest.approx([score for scores in expected["log_likelihoods"] for score in scores], abs=2e-3, rel=1e-5)
+    assert found == pytest.approx(
+        [score for scores in expected["log_likelihoods"] for score in scores], abs=2e-3, rel=1e-5
+    )
     measured = evaluate_model(model, tokenizer, asked, max_chars=4096)
     for key in ("acc", "acc_norm"):
         assert measured[key] == measured["by_domain"]["quiz"][key] == measured["mean_over_domains"][key]
@@ -75,7 +79,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFa
     choices=st.lists(st.text(min_size=1, max_size=12), min_size=2, max_size=4),
     batch_size=st.integers(1, 4),
 )
-def test_is_the_definition(tokenizer: PreTrainedTokenizerFast, prompt: str, choices: list[str], batch_size: int) -> None:
+def test_is_the_definition(
+    tokenizer: PreTrainedTokenizerFast, prompt: str, choices: list[str], batch_size: int
+) -> None:
     """Whole text encoded once, cut after the tokens of the stripped prompt, one sequence at a time, without padding."""
     model = make_model("gpt2", seed=1).eval()
     scores = []
@@ -98,7 +104,9 @@ def test_is_the_definition(tokenizer: PreTrainedTokenizerFast, prompt: str, choi
         best = int(ranked.argmax())
         for answer in range(len(options)):
             asked = [Document(prompt, options[answer], "quiz", options, answer)]
-            assert getattr(judge_choices(model, tokenizer, asked, batch_size=batch_size)[0], key) == (answer == best)
+            assert getattr(judge_choices(model, tokenizer, asked, batch_size=batch_size)[0], key) == (
+                answer == best
+            )
 
 
 def test_equal_options_choose_the_first(tokenizer: PreTrainedTokenizerFast) -> None:

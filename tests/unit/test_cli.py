@@ -51,14 +51,19 @@ def test_check_counts_documents(settings, tmp_path, invoke):
     assert facts["ok"] is True
     assert set(facts["devices"]) == {"ward", "clinic", "bank", "fund"}
     assert (
-        sum(device["documents"] for device in facts["devices"].values()) + facts["public_documents"] + facts["test_documents"] <= 88
+        sum(device["documents"] for device in facts["devices"].values())
+        + facts["public_documents"]
+        + facts["test_documents"]
+        <= 88
     )
     done = invoke("config", "check", write_config(tmp_path / "config.yaml", settings))
     assert yaml.safe_load(done.out) == facts
 
 
 def test_check_refuses_what_run_would_refuse(settings, tmp_path, invoke):
-    done = invoke("config", "check", write_config(tmp_path / "config.yaml", settings), "--set", "family=deepseek")
+    done = invoke(
+        "config", "check", write_config(tmp_path / "config.yaml", settings), "--set", "family=deepseek"
+    )
     assert done.code == 2
     assert done.out == ""
     assert done.err.startswith("deepfusion: ")

@@ -29,7 +29,11 @@ def near(centre: int, number: int) -> list[float]:
 
 def run(folder: Path, entries: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
     (folder / "registry.json").write_text(json.dumps(entries))
-    cluster.run(parse_config({"top_k": 1, "tune": {"steps": 0}, **changes}), {"registry": folder / "registry.json"}, folder)
+    cluster.run(
+        parse_config({"top_k": 1, "tune": {"steps": 0}, **changes}),
+        {"registry": folder / "registry.json"},
+        folder,
+    )
     return json.loads((folder / "clusters.json").read_text())
 
 
@@ -38,7 +42,9 @@ def members(result: dict[str, Any]) -> set[frozenset[str]]:
 
 
 def test_devices_of_like_knowledge_meet(tmp_path: Path) -> None:
-    entries = [entry(f"d{centre}{number}", near(centre, number)) for centre in range(3) for number in range(4)]
+    entries = [
+        entry(f"d{centre}{number}", near(centre, number)) for centre in range(3) for number in range(4)
+    ]
     result = run(tmp_path, entries, experts=3)
     assert members(result) == {frozenset(f"d{centre}{number}" for number in range(4)) for centre in range(3)}
     assert [cluster["id"] for cluster in result["clusters"]] == [0, 1, 2]
@@ -73,12 +79,16 @@ def test_equal_embeddings_and_unknown_token_counts_leave_no_cluster_empty(tmp_pa
     entries = [entry(f"d{number}", unit(0), tokens=0) for number in range(5)]
     result = run(tmp_path, entries, experts=4)
     assert len(result["clusters"]) == 4
-    assert sorted(device for found in result["clusters"] for device in found["devices"]) == [f"d{n}" for n in range(5)]
+    assert sorted(device for found in result["clusters"] for device in found["devices"]) == [
+        f"d{n}" for n in range(5)
+    ]
     assert all(found["devices"] for found in result["clusters"])
 
 
 def test_the_random_control_ignores_the_text(tmp_path: Path) -> None:
-    entries = [entry(f"d{centre}{number}", near(centre, number)) for centre in range(3) for number in range(4)]
+    entries = [
+        entry(f"d{centre}{number}", near(centre, number)) for centre in range(3) for number in range(4)
+    ]
     changes = {"experts": 3, "clustering": {"assignment": "random"}}
     first = run(tmp_path, entries, **changes)
     assert members(first) == members(run(tmp_path, entries, **changes))
@@ -88,9 +98,12 @@ def test_the_random_control_ignores_the_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("proxies", "experts", "clusters"), [(None, 3, 3), (2, 3, 3), (5, 3, 5), (16, 3, 6), (16, 6, 6), (5, 1, 5)]
+    ("proxies", "experts", "clusters"),
+    [(None, 3, 3), (2, 3, 3), (5, 3, 5), (16, 3, 6), (16, 6, 6), (5, 1, 5)],
 )
-def test_a_trunk_may_learn_from_more_proxies_than_there_are_experts(proxies, experts, clusters, tmp_path: Path) -> None:
+def test_a_trunk_may_learn_from_more_proxies_than_there_are_experts(
+    proxies, experts, clusters, tmp_path: Path
+) -> None:
     entries = [entry(f"{type}{number}", unit(number), type) for type in "ab" for number in range(3)]
     changes = {"clustering": {"proxies": proxies}, "distill": {"trunk_share": 1.0}}
     if experts == 1:
@@ -100,7 +113,8 @@ def test_a_trunk_may_learn_from_more_proxies_than_there_are_experts(proxies, exp
 
 
 @pytest.mark.parametrize(
-    ("types", "experts", "code"), [("abc", 2, "more-types-than-experts"), ("aaa", 4, "fewer-devices-than-experts")]
+    ("types", "experts", "code"),
+    [("abc", 2, "more-types-than-experts"), ("aaa", 4, "fewer-devices-than-experts")],
 )
 def test_impossible_counts_are_the_users_error(types: str, experts: int, code: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=code):

@@ -1,4 +1,6 @@
-"""Compact uploads: the bound of the error for any values, the packing, what a device writes, and what is measured of it."""
+"""Compact uploads: the bound of the error for any values, the packing, what a device writes, and what is measured of
+it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,16 @@ from safetensors.torch import load_file, save_file
 
 from deepfusion.config import Config, DeviceSpec, Encoding, parse_config
 from deepfusion.errors import InputError
-from deepfusion.models.compact import BLOCK, decode, encode, open_base, pack, stored_tensors, unpack, write_delta
+from deepfusion.models.compact import (
+    BLOCK,
+    decode,
+    encode,
+    open_base,
+    pack,
+    stored_tensors,
+    unpack,
+    write_delta,
+)
 from deepfusion.models.loading import load_model
 from deepfusion.stages import evaluate
 from deepfusion.stages.device import train_device
@@ -33,7 +44,9 @@ FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 VALUES = st.one_of(
     SHAPES.flatmap(lambda shape: arrays.arrays(np.float32, shape, elements=FINITE)),
     st.tuples(SHAPES, st.integers(-149, 127), st.integers(0, 2**32 - 1)).map(
-        lambda drawn: np.ldexp(np.random.default_rng(drawn[2]).uniform(-1, 1, drawn[0]), drawn[1]).astype(np.float32)
+        lambda drawn: np.ldexp(np.random.default_rng(drawn[2]).uniform(-1, 1, drawn[0]), drawn[1]).astype(
+            np.float32
+        )
     ),
 )
 
@@ -42,7 +55,10 @@ def errors_in_scales(values: torch.Tensor, encoding: Encoding) -> torch.Tensor:
     """|decoded - true| of each value over the scale of its block, computed exactly; 0/0 counts as 0."""
     codes, scales = encode(values, encoding)
     expected = stored_tensors("w", tuple(values.shape), encoding)
-    assert {"w.codes": (tuple(codes.shape), codes.dtype), "w.scales": (tuple(scales.shape), scales.dtype)} == expected
+    assert {
+        "w.codes": (tuple(codes.shape), codes.dtype),
+        "w.scales": (tuple(scales.shape), scales.dtype),
+    } == expected
     error = (decode(codes, scales, tuple(values.shape)).double() - values.double()).abs().flatten()
     own = scales.double().repeat_interleave(BLOCK)[: len(error)]
     assert (error[own == 0] == 0).all()
@@ -64,7 +80,9 @@ def test_no_value_is_further_off_than_half_a_scale(values: np.ndarray, encoding:
 def test_values_halfway_between_two_codes(peak: float, places: list[int], encoding: Encoding) -> None:
     """The hardest values: ties, and their neighbours among the float32 numbers."""
     _, scales = encode(torch.tensor([peak]), encoding)
-    ties = (torch.tensor(places, dtype=torch.double) % {"delta8": 127, "delta4": 7}[encoding] + 0.5) * scales.double()
+    ties = (
+        torch.tensor(places, dtype=torch.double) % {"delta8": 127, "delta4": 7}[encoding] + 0.5
+    ) * scales.double()
     near = ties.float().clamp(max=peak)
     values = torch.cat([torch.tensor([peak]), near, near.nextafter(torch.zeros(1)), -near])
     assert (errors_in_scales(values, encoding) <= 0.5).all()
@@ -85,7 +103,9 @@ def test_more_values_than_are_encoded_at_once(encoding: Encoding) -> None:
     values = torch.randn(2**22 + 65, generator=torch.Generator().manual_seed(0))
     assert float(errors_in_scales(values, encoding).max()) <= 0.5
     codes, scales = encode(values[-65:], encoding)
-    assert torch.equal(decode(codes, scales, (65,)), decode(*encode(values, encoding), tuple(values.shape))[-65:])
+    assert torch.equal(
+        decode(codes, scales, (65,)), decode(*encode(values, encoding), tuple(values.shape))[-65:]
+    )
 
 
 @given(shape=SHAPES, encoding=st.sampled_from(ENCODINGS))
@@ -112,8 +132,12 @@ def test_any_codes_decode_to_finite_values(raw: bytes, scale: float) -> None:
 def trained(base: Path, out: Path, **device: Any) -> None:
     """A device that trains two steps on a few sentences."""
     config = parse_config({"precision": "fp32", "device": {"steps": 2, "batch_size": 2, **device}})
-    texts = [Document("", f"the cat sat on the mat and ran over the hill {number}", "") for number in range(6)]
-    train_device(config, DeviceSpec(id=out.name, type=str(base)), texts[1:], texts[:1], out, out.with_name("work"))
+    texts = [
+        Document("", f"the cat sat on the mat and ran over the hill {number}", "") for number in range(6)
+    ]
+    train_device(
+        config, DeviceSpec(id=out.name, type=str(base)), texts[1:], texts[:1], out, out.with_name("work")
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -121,7 +145,10 @@ def test_a_device_hands_in_the_same_model_in_fewer_bytes(dtype: torch.dtype, tmp
     base = tmp_path / "base"
     save_checkpoint(base, "llama").to(dtype).save_pretrained(base)
     trained(base, tmp_path / "weights" / "d")
-    truth, card = load_file(tmp_path / "weights" / "d" / "model.safetensors"), read_card(tmp_path / "weights" / "d")
+    truth, card = (
+        load_file(tmp_path / "weights" / "d" / "model.safetensors"),
+        read_card(tmp_path / "weights" / "d"),
+    )
     before = load_file(base / "model.safetensors")
     assert (card.encoding, card.encoding_error) == ("weights", 0)
     for encoding in ENCODINGS:
@@ -131,10 +158,9 @@ def test_a_device_hands_in_the_same_model_in_fewer_bytes(dtype: torch.dtype, tmp
         assert check_upload(folder, 10**8, {str(base)}) == []
         assert (compact.encoding, compact.base, compact.signature) == (encoding, str(base), card.signature)
         assert compact.loss_after == card.loss_after
-        assert {p.name for p in (tmp_path / "weights" / "d").iterdir()} ^ {p.name for p in folder.iterdir()} == {
-            "model.safetensors",
-            "delta.safetensors",
-        }
+        assert {p.name for p in (tmp_path / "weights" / "d").iterdir()} ^ {
+            p.name for p in folder.iterdir()
+        } == {"model.safetensors", "delta.safetensors"}
         decoded = evaluate._load(folder, "fp32").state_dict()
         for name, tensor in truth.items():
             error = float((decoded[name] - tensor.float()).abs().max())
@@ -181,12 +207,24 @@ def test_a_compact_upload_is_measured_as_the_model_that_it_stands_for(tmp_path: 
     model = save_compact_upload(uploads / "d0", base)
     model.save_pretrained(uploads / "d1")
     save_tokenizer(uploads / "d1")
-    write_card(uploads / "d1", read_card(uploads / "d0").model_copy(update={"device": "d1", "encoding": "weights"}))
-    write_jsonl([Document("", f"the cat ran over hill {number}", "animals") for number in range(8)], tmp_path / "test.jsonl")
-    (tmp_path / "registry.json").write_text(json.dumps([{"device": name, "type": "gpt2"} for name in ("d0", "d1")]))
-    config = Config.model_validate({"jobs": 1, "precision": "fp32", "data": {"test": str(tmp_path / "test.jsonl")}})
+    write_card(
+        uploads / "d1", read_card(uploads / "d0").model_copy(update={"device": "d1", "encoding": "weights"})
+    )
+    write_jsonl(
+        [Document("", f"the cat ran over hill {number}", "animals") for number in range(8)],
+        tmp_path / "test.jsonl",
+    )
+    (tmp_path / "registry.json").write_text(
+        json.dumps([{"device": name, "type": "gpt2"} for name in ("d0", "d1")])
+    )
+    config = Config.model_validate(
+        {"jobs": 1, "precision": "fp32", "data": {"test": str(tmp_path / "test.jsonl")}}
+    )
     evaluate.run(config, {"uploads": uploads, "registry": tmp_path / "registry.json"}, tmp_path / "out")
-    found = [json.loads((tmp_path / "out" / "units" / "device" / name / "measured.json").read_text()) for name in ("d0", "d1")]
+    found = [
+        json.loads((tmp_path / "out" / "units" / "device" / name / "measured.json").read_text())
+        for name in ("d0", "d1")
+    ]
     losses = [unit["metrics"]["log_perplexity"] for unit in found]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0] != losses[1]

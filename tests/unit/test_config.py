@@ -9,7 +9,17 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepfusion.config import CONFIGS, RECIPES, Config, config_digest, explain, known_keys, load_config, parse_config, save_config
+from deepfusion.config import (
+    CONFIGS,
+    RECIPES,
+    Config,
+    config_digest,
+    explain,
+    known_keys,
+    load_config,
+    parse_config,
+    save_config,
+)
 from deepfusion.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +83,11 @@ def test_each_base_has_one_proxy_where_it_learns_anything_of_its_own(apart):
         ("data.test=held.jsonl", "data.test", "held.jsonl"),
         ("distill.base=null", "distill.base", None),
         ("distill.base=a=b", "distill.base", "a=b"),
-        ("devices=[{type: gpt2}]", "devices", [{"id": None, "type": "gpt2", "data": None, "method": None, "memory": None}]),
+        (
+            "devices=[{type: gpt2}]",
+            "devices",
+            [{"id": None, "type": "gpt2", "data": None, "method": None, "memory": None}],
+        ),
     ],
 )
 def test_override(override, key, value):
@@ -135,7 +149,9 @@ def test_digest_covers_what_it_names():
     a, b = parse_config({"tune": {"steps": 1}}), parse_config({"tune": {"steps": 2}})
     assert config_digest(a) != config_digest(b)
     assert config_digest(a, "tune") != config_digest(b, "tune")
-    assert config_digest(a, "tune.batch_size", "seed", "distill") == config_digest(b, "tune.batch_size", "seed", "distill")
+    assert config_digest(a, "tune.batch_size", "seed", "distill") == config_digest(
+        b, "tune.batch_size", "seed", "distill"
+    )
 
 
 def test_every_key_is_explained_and_can_be_set():
@@ -153,7 +169,9 @@ def test_every_key_is_explained_and_can_be_set():
 
 KEYS = st.sampled_from(["seed", "data", "tune", "type", "id", "x"])
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=8)
+VALUES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=8
+)
 
 
 def parsed(values: object) -> Config | InputError:
@@ -175,7 +193,22 @@ def test_any_values_end_in_a_config_or_one_line(values):
 
 
 @pytest.mark.parametrize(
-    "name", ["a #1.jsonl", "*.jsonl", "notes: ward.jsonl", "a: b", "&x", "%y", "@z", "- a", "2024-01-01", "!x", "|", "x # y", "a=b"]
+    "name",
+    [
+        "a #1.jsonl",
+        "*.jsonl",
+        "notes: ward.jsonl",
+        "a: b",
+        "&x",
+        "%y",
+        "@z",
+        "- a",
+        "2024-01-01",
+        "!x",
+        "|",
+        "x # y",
+        "a=b",
+    ],
 )
 def test_the_value_of_an_override_is_what_was_typed(name: str) -> None:
     assert load_config(None, [f"data.private={name}"]).data.private == name

@@ -34,7 +34,10 @@ def proxies(zoo, tmp_path_factory) -> list[Path]:
     folders = []
     for domain, name in (("finance", "mini-gpt2"), ("cooking", "mini-llama")):
         folder = tmp_path_factory.mktemp(domain)
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(zoo[name]), AutoTokenizer.from_pretrained(zoo[name])
+        model, tokenizer = (
+            AutoModelForCausalLM.from_pretrained(zoo[name]),
+            AutoTokenizer.from_pretrained(zoo[name]),
+        )
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
         for row in sentences(domain, 60):
             ids = tokenizer(row["text"], return_tensors="pt").input_ids
@@ -48,7 +51,9 @@ def proxies(zoo, tmp_path_factory) -> list[Path]:
 
 
 def config(zoo: dict[str, Path], folder: Path, public: list[str]) -> Config:
-    values = overlay(small_settings(zoo, folder), data={"public": public, "sampled_documents": 5, "generic": []})
+    values = overlay(
+        small_settings(zoo, folder), data={"public": public, "sampled_documents": 5, "generic": []}
+    )
     return load_config(write_config(folder / "config.yaml", values))
 
 
@@ -94,12 +99,18 @@ def test_proxies_that_are_best_nowhere_write_no_samples(each, taught):
         assert counts == [each] * len(taught)
     else:
         assert counts[taught.index(max(taught))] > 0
-        assert all(not count for count, own in zip(counts, taught, strict=True) if 4 * len(taught) * own < sum(taught))
+        assert all(
+            not count
+            for count, own in zip(counts, taught, strict=True)
+            if 4 * len(taught) * own < sum(taught)
+        )
 
 
 @given(st.integers(0, 200), st.integers(1, 800), st.floats(0.05, 1))
 def test_samples_are_read_no_more_often_than_their_share(real, sampled, share):
-    documents = [Window(Document("", "text", "?"), source, 0) for source in ["public"] * real + ["sampled"] * sampled]
+    documents = [
+        Window(Document("", "text", "?"), source, 0) for source in ["public"] * real + ["sampled"] * sampled
+    ]
     periods = reading_periods(documents, share)
     assert periods[:real] == [1] * real
     assert len(set(periods[real:])) == 1
@@ -108,7 +119,9 @@ def test_samples_are_read_no_more_often_than_their_share(real, sampled, share):
         assert period == 1
     else:
         assert sampled / period <= (share + 1e-9) * (real + sampled / period)
-        assert period == 1 or sampled / (period - 1) > (share - 1e-9) * (real + sampled / (period - 1))  # and no less often
+        assert period == 1 or sampled / (period - 1) > (share - 1e-9) * (
+            real + sampled / (period - 1)
+        )  # and no less often
 
 
 def test_samples_follow_the_seed_and_hold_what_their_proxy_knows(zoo, proxies, tmp_path):
@@ -120,7 +133,9 @@ def test_samples_follow_the_seed_and_hold_what_their_proxy_knows(zoo, proxies, t
 
 
 def test_mixture_is_cut_into_windows(zoo, proxies, tmp_path):
-    long = write_rows(tmp_path / "long.jsonl", [{"text": " ".join(row["text"] for row in sentences("cooking", 5))}])
+    long = write_rows(
+        tmp_path / "long.jsonl", [{"text": " ".join(row["text"] for row in sentences("cooking", 5))}]
+    )
     settings = config(zoo, tmp_path, ["in_domain", str(long), "sampled"])
     splits = make_splits(settings)
     found = build_corpus(settings, splits, proxies, tmp_path)

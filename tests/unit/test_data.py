@@ -72,7 +72,11 @@ def test_a_long_completion_is_cut_at_whitespace() -> None:
 
 
 def test_a_word_longer_than_the_window_is_cut_inside() -> None:
-    assert [window.completion for window in cut_windows(Document("", "x" * 10, "d"), 4)] == ["xxxx", "xxxx", "xx"]
+    assert [window.completion for window in cut_windows(Document("", "x" * 10, "d"), 4)] == [
+        "xxxx",
+        "xxxx",
+        "xx",
+    ]
 
 
 # Partition
@@ -97,7 +101,9 @@ def test_every_document_goes_to_exactly_one_device_and_none_is_empty(
         return
     parts = partition(documents, devices, scheme, alpha, seed, least=least)
     assert len(parts) == devices
-    assert sorted(document.text for part in parts for document in part) == sorted(document.text for document in documents)
+    assert sorted(document.text for part in parts for document in part) == sorted(
+        document.text for document in documents
+    )
     assert min(map(len, parts)) >= min(least, len(documents) // devices)
     assert parts == partition(documents, devices, scheme, alpha, seed, least=least)
 
@@ -130,7 +136,10 @@ def test_alpha_sets_how_uneven_devices_are() -> None:
 
     assert spread("random_uneven", 0.3) > spread("random_uneven", 3) > spread("random_uneven", 300)
     skewed, even = (partition(three_domains(), 10, "dirichlet", alpha, 0) for alpha in (0.05, 1000))
-    share = [np.mean([max(Counter(e.domain for e in part).values()) / len(part) for part in parts]) for parts in (skewed, even)]
+    share = [
+        np.mean([max(Counter(e.domain for e in part).values()) / len(part) for part in parts])
+        for parts in (skewed, even)
+    ]
     assert share[0] > share[1] + 0.1
 
 
@@ -138,7 +147,10 @@ def test_alpha_sets_how_uneven_devices_are() -> None:
 
 
 def documents(path: Path, name: str, count: int, start: int = 0) -> str:
-    write_jsonl([Document("", f"{name} document number {n}", name) for n in range(start, start + count)], path / f"{name}.jsonl")
+    write_jsonl(
+        [Document("", f"{name} document number {n}", name) for n in range(start, start + count)],
+        path / f"{name}.jsonl",
+    )
     return str(path / f"{name}.jsonl")
 
 
@@ -225,7 +237,11 @@ def test_listed_devices_share_their_sources_unevenly(tmp_path: Path) -> None:
 def test_a_test_file_is_taken_out_of_everything(tmp_path: Path) -> None:
     source = documents(tmp_path, "alpha", 100)
     public, generic = documents(tmp_path, "public", 50), documents(tmp_path, "generic", 50)
-    seen = [Document("", f"{name.upper()}  document number {n}", "t") for name in ("alpha", "public", "generic") for n in range(10)]
+    seen = [
+        Document("", f"{name.upper()}  document number {n}", "t")
+        for name in ("alpha", "public", "generic")
+        for n in range(10)
+    ]
     write_jsonl(seen, tmp_path / "test.jsonl")
     data = {
         "private": source,
@@ -244,8 +260,12 @@ def test_no_window_of_a_test_document_reaches_a_device_or_the_server(tmp_path: P
     long = [Document("", " ".join(f"w{n}x{k}" for k in range(200)), "long") for n in range(40)]
     write_jsonl(long, tmp_path / "long.jsonl")
     splits = split({"private": str(tmp_path / "long.jsonl")})
-    others = [e for parts in (splits.private, splits.held_out) for part in parts.values() for e in part] + splits.public
-    assert not {w.text for e in splits.test for w in cut_windows(e, 128)} & {w.text for e in others for w in cut_windows(e, 128)}
+    others = [
+        e for parts in (splits.private, splits.held_out) for part in parts.values() for e in part
+    ] + splits.public
+    assert not {w.text for e in splits.test for w in cut_windows(e, 128)} & {
+        w.text for e in others for w in cut_windows(e, 128)
+    }
     assert overlap(splits.test, others) == 0.0
 
 
@@ -257,15 +277,23 @@ def test_variants_in_case_and_spacing_are_kept_and_stay_on_one_side(
     variants = [text.upper() for text in texts[:20]] + [text.replace(" ", "\n") for text in texts[10:30]]
     write_jsonl([Document("", text, "d") for text in [*texts, *variants]], tmp_path / "a.jsonl")
     write_jsonl(
-        [Document("", text, "d") for text in ["another", "again", "Poem  number 3", *map(str, range(9))]], tmp_path / "b.jsonl"
+        [Document("", text, "d") for text in ["another", "again", "Poem  number 3", *map(str, range(9))]],
+        tmp_path / "b.jsonl",
     )
     splits = split(
-        {"private": [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], "test": 0.2, "public_fraction": 0.2}, devices=1
+        {
+            "private": [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")],
+            "test": 0.2,
+            "public_fraction": 0.2,
+        },
+        devices=1,
     )
     private = [*splits.private["d00"], *splits.held_out["d00"]]
     assert len(splits.test) + len(splits.public) + len(private) == len(texts) + len(variants) + 11
     assert not ids(splits.test) & (ids(private) | ids(splits.public))
-    assert "1 of 12 documents are left out: in the test text or in an earlier source" in capsys.readouterr().err
+    assert (
+        "1 of 12 documents are left out: in the test text or in an earlier source" in capsys.readouterr().err
+    )
 
 
 def test_a_document_of_two_sources_belongs_to_the_first(tmp_path: Path) -> None:
@@ -283,16 +311,26 @@ def test_without_in_domain_no_private_source_gives_public_text(tmp_path: Path) -
 
 
 def test_limits(tmp_path: Path) -> None:
-    data = {"private": documents(tmp_path, "alpha", 100), "limit": 50, "public": ["generic"], "generic_documents": 7}
+    data = {
+        "private": documents(tmp_path, "alpha", 100),
+        "limit": 50,
+        "public": ["generic"],
+        "generic_documents": 7,
+    }
     splits = split(data | {"generic": [documents(tmp_path, "generic", 50)]})
     check(splits)
-    assert len(splits.test) + sum(len(p) for parts in (splits.private, splits.held_out) for p in parts.values()) == 50
+    assert (
+        len(splits.test) + sum(len(p) for parts in (splits.private, splits.held_out) for p in parts.values())
+        == 50
+    )
     assert len(splits.generic) == 7
 
 
 def test_too_little_data(tmp_path: Path) -> None:
     source = documents(tmp_path, "alpha", 20)
-    assert split({}).devices == []  # a server knows no private data; the device stage refuses to go on without
+    assert (
+        split({}).devices == []
+    )  # a server knows no private data; the device stage refuses to go on without
     with pytest.raises(InputError, match="16 devices"):
         split({"private": source}, devices=16)
     with pytest.raises(InputError, match="device b"):
@@ -324,7 +362,11 @@ def test_tokens_cover_the_text_and_weigh_the_completion(
 ) -> None:
     document = Document(prompt, completion, "d")
     tokens = encode(tokenizer, document, prompt_weight)
-    assert (tokens.input_ids.dtype, tokens.offsets.dtype, tokens.weights.dtype) == (np.int64, np.int32, np.float32)
+    assert (tokens.input_ids.dtype, tokens.offsets.dtype, tokens.weights.dtype) == (
+        np.int64,
+        np.int32,
+        np.float32,
+    )
     assert len(tokens.input_ids) == len(tokens.offsets) == len(tokens.weights)
     assert tokens.input_ids[[0, -1]].tolist() == [tokenizer.bos_token_id, tokenizer.eos_token_id]
     assert tokens.offsets[[0, -1]].tolist() == [[0, 0], [len(document.text)] * 2]
@@ -348,7 +390,9 @@ def test_long_sequences_are_cut_on_the_right(tokenizer: PreTrainedTokenizerFast)
     assert all(np.array_equal(part[:3], short) for part, short in zip(whole, cut, strict=True))
 
 
-def test_the_end_mark_starts_texts_of_tokenizers_without_a_start_mark(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_end_mark_starts_texts_of_tokenizers_without_a_start_mark(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     backend = tokenizer.backend_tokenizer
     without_start = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     assert encode(without_start, Document("", "yes", "d")).input_ids[0] == without_start.eos_token_id
@@ -367,7 +411,12 @@ def test_slow_tokenizers_are_refused(tmp_path: Path) -> None:
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(1, 999), min_size=1, max_size=70), st.integers(0, 60), st.integers(1, 9), st.integers(0, 9))
+@given(
+    st.lists(st.integers(1, 999), min_size=1, max_size=70),
+    st.integers(0, 60),
+    st.integers(1, 9),
+    st.integers(0, 9),
+)
 def test_documents_are_read_equally_often(lengths: list[int], steps: int, batch_size: int, seed: int) -> None:
     batches = reading_order(lengths, steps, batch_size, seed)
     assert [len(batch) for batch in batches] == [batch_size] * steps
@@ -378,14 +427,23 @@ def test_documents_are_read_equally_often(lengths: list[int], steps: int, batch_
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(1, 4), min_size=1, max_size=40), st.integers(0, 60), st.integers(1, 9), st.integers(0, 9))
-def test_some_documents_are_read_in_every_few_epochs_only(every: list[int], steps: int, batch_size: int, seed: int) -> None:
+@given(
+    st.lists(st.integers(1, 4), min_size=1, max_size=40),
+    st.integers(0, 60),
+    st.integers(1, 9),
+    st.integers(0, 9),
+)
+def test_some_documents_are_read_in_every_few_epochs_only(
+    every: list[int], steps: int, batch_size: int, seed: int
+) -> None:
     every[0] = 1
     batches = reading_order([1] * len(every), steps, batch_size, seed, every)
     assert [len(batch) for batch in batches] == [batch_size] * steps
     counts = Counter(index for batch in batches for index in batch)
     epochs = counts[0]
-    assert all(epochs // period - 1 <= counts[index] <= epochs // period + 1 for index, period in enumerate(every))
+    assert all(
+        epochs // period - 1 <= counts[index] <= epochs // period + 1 for index, period in enumerate(every)
+    )
 
 
 def test_batches_hold_similar_lengths_in_random_order() -> None:

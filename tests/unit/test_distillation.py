@@ -29,8 +29,13 @@ VAA = VAASection(patches=8, width=8, heads=2)
 def documents(*teachers: int | None) -> list[Window]:
     """Texts of different lengths, some with a prompt."""
     rows = [row["text"] for domain in ("finance", "cooking") for row in sentences(domain, 3)]
-    documents = [Document(row[:cut], row[cut : cut + 50], "d") for row, cut in zip(rows, (0, 10, 0, 25, 3, 0), strict=True)]
-    return [Window(document, "public", teacher) for document, teacher in zip(documents, teachers, strict=False)]
+    documents = [
+        Document(row[:cut], row[cut : cut + 50], "d")
+        for row, cut in zip(rows, (0, 10, 0, 25, 3, 0), strict=True)
+    ]
+    return [
+        Window(document, "public", teacher) for document, teacher in zip(documents, teachers, strict=False)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +79,26 @@ def test_a_teacher_equal_to_the_student_leaves_no_divergence(student_folder):
     torch.testing.assert_close(found["loss"], found["ce"], atol=1e-4, rtol=0)
 
 
-CHAT = "{% for m in messages %}{{ eos_token + m['role'] + '\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+CHAT = (
+    "{% for m in messages %}{{ eos_token + m['role'] + '\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+)
 
 
 def chats(*teachers: int | None) -> list[Window]:
-    pairs = [("Why?", "The bank sold a ten year bond."), ("And the cook?", "Salted ripe tomatoes with olive oil.")]
+    pairs = [
+        ("Why?", "The bank sold a ten year bond."),
+        ("And the cook?", "Salted ripe tomatoes with olive oil."),
+    ]
     turns = [turn for asked, said in pairs for turn in (Turn("user", asked), Turn("assistant", said, True))]
-    return [Window(conversation(turns[:end], "d"), "public", teacher) for end, teacher in zip((4, 2, 4), teachers, strict=False)]
+    return [
+        Window(conversation(turns[:end], "d"), "public", teacher)
+        for end, teacher in zip((4, 2, 4), teachers, strict=False)
+    ]
 
 
-def test_conversations_are_read_by_student_and_teacher_each_in_its_own_template(zoo, student_folder, tmp_path):
+def test_conversations_are_read_by_student_and_teacher_each_in_its_own_template(
+    zoo, student_folder, tmp_path
+):
     def chatty(name: str, template: str | None = CHAT) -> Path:
         folder = tmp_path / f"{name}-{template is not None}"
         tokenizer = load_tokenizer(zoo[name])
@@ -94,7 +109,9 @@ def test_conversations_are_read_by_student_and_teacher_each_in_its_own_template(
 
     weights = LossWeights(beta=1.0, chunk=1.0, alpha=0.1)
     own = chatty("qwen3_moe")
-    module, collator = distiller(own, {0: own, 1: chatty("mini-gpt2"), 2: zoo["mini-llama"], 3: student_folder}, weights, VAA)
+    module, collator = distiller(
+        own, {0: own, 1: chatty("mini-gpt2"), 2: zoo["mini-llama"], 3: student_folder}, weights, VAA
+    )
     same = step(module, collator, chats(0, 0))
     assert same["kl"].abs() < 1e-5  # one template: the same reading, so nothing differs
     plain = step(module, collator, chats(3, 3))
@@ -133,9 +150,16 @@ def test_flops_count_the_weights_that_work_on_a_token(zoo, student_folder):
     module, collator = distiller(student_folder, {0: zoo["mini-gpt2"]}, LossWeights(beta=1.0))
     batch = collator(documents(0, None, 0))
     taught = next(group for group in batch["groups"] if group.teacher == 0)
-    sizes = [sum(p.numel() for p in model.parameters()) for model in (module.student, module.teachers[0].model)]
-    lookups = [0 if m.config.tie_word_embeddings else m.get_input_embeddings().weight.numel() for m in (module.student,)]
-    expected = 6 * (sizes[0] - lookups[0]) * int(batch["attention_mask"].sum()) + 2 * sizes[1] * int(taught.teacher_mask.sum())
+    sizes = [
+        sum(p.numel() for p in model.parameters()) for model in (module.student, module.teachers[0].model)
+    ]
+    lookups = [
+        0 if m.config.tie_word_embeddings else m.get_input_embeddings().weight.numel()
+        for m in (module.student,)
+    ]
+    expected = 6 * (sizes[0] - lookups[0]) * int(batch["attention_mask"].sum()) + 2 * sizes[1] * int(
+        taught.teacher_mask.sum()
+    )
     assert float(module(**batch)["flops"]) == expected
     module.weights = LossWeights()
     assert float(module(**batch)["flops"]) == 6 * (sizes[0] - lookups[0]) * int(batch["attention_mask"].sum())
@@ -143,7 +167,8 @@ def test_flops_count_the_weights_that_work_on_a_token(zoo, student_folder):
 
 @pytest.mark.parametrize("vaa", [None, VAA], ids=["logits", "logits and features"])
 def test_mixed_batch_is_the_mean_of_its_groups(zoo, student_folder, vaa):
-    """Every text is compared with its own teacher, whatever else the batch holds; a text without a teacher with none."""
+    """Every text is compared with its own teacher, whatever else the batch holds; a text without a teacher with
+    none."""
     weights = LossWeights(beta=1.0, chunk=0.1, alpha=0.1 if vaa else 0.0)
     module, collator = distiller(student_folder, {0: zoo["mini-gpt2"], 1: zoo["mini-llama"]}, weights, vaa)
     batch = documents(0, 1, None, 1, 0, 7)
@@ -187,17 +212,24 @@ def test_distillation_moves_the_student_towards_its_teacher(zoo, student_folder)
 def test_seed_decides_how_attention_starts(zoo, student_folder):
     tokenizer = load_tokenizer(student_folder)
     teacher = {0: Teacher(zoo["mini-gpt2"], tokenizer, "fp32", CPU)}
-    starts = [Distiller(load_model(student_folder), LossWeights(), teacher, VAA, seed).vaa.state_dict() for seed in (1, 1, 2)]
+    starts = [
+        Distiller(load_model(student_folder), LossWeights(), teacher, VAA, seed).vaa.state_dict()
+        for seed in (1, 1, 2)
+    ]
     assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
     assert any(not torch.equal(starts[0][name], starts[2][name]) for name in starts[0])
 
 
 def test_contexts_limit_what_is_read(zoo, student_folder):
     """A text longer than the contexts of both models is cut, not refused."""
-    module, collator = distiller(student_folder, {0: zoo["mini-gpt2"], 1: student_folder}, LossWeights(beta=1.0, alpha=0.1), VAA)
+    module, collator = distiller(
+        student_folder, {0: zoo["mini-gpt2"], 1: student_folder}, LossWeights(beta=1.0, alpha=0.1), VAA
+    )
     long = " ".join(row["text"] for row in sentences("cooking", 40))
     for teacher in (0, 1):
-        found = step(module, collator, [Window(Document("", long, "d"), "public", teacher), *documents(teacher)])
+        found = step(
+            module, collator, [Window(Document("", long, "d"), "public", teacher), *documents(teacher)]
+        )
         assert found["loss"].isfinite()
         assert int(found["tokens"]) <= 256
 
@@ -208,19 +240,24 @@ def test_padding_changes_nothing(zoo, student_folder):
     alone = [step(module, collator, [document]) for document in (short, other)]
     weights = [float(encode(collator.tokenizer, d.document, 0.5).weights[1:].sum()) for d in (short, other)]
     both = step(module, collator, [short, other])
-    torch.testing.assert_close(both["ce"], (alone[0]["ce"] * weights[0] + alone[1]["ce"] * weights[1]) / sum(weights))
+    torch.testing.assert_close(
+        both["ce"], (alone[0]["ce"] * weights[0] + alone[1]["ce"] * weights[1]) / sum(weights)
+    )
 
 
 def test_teachers_that_do_not_fit_beside_the_trunk_are_refused_before_any_work(zoo, tmp_path):
     for number in range(3):
         (tmp_path / "proxies" / str(number)).mkdir(parents=True)
-        GPT2Config(n_embd=2**17, n_layer=1, n_head=8).save_pretrained(tmp_path / "proxies" / str(number))  # 0.8 TiB in fp32
+        GPT2Config(n_embd=2**17, n_layer=1, n_head=8).save_pretrained(
+            tmp_path / "proxies" / str(number)
+        )  # 0.8 TiB in fp32
     config = parse_config(
         {"family": "qwen3_moe", "experts": 2, "precision": "fp32", "clustering": {"proxies": 3}}
         | {"distill": {"base": str(zoo["qwen3_moe"]), "trunk_share": 1}}
     )
     with pytest.raises(
-        InputError, match=r"3 teachers at once takes about 2[34]\d\d\.\d GiB.*allowed: 2 \(one per expert\).*too-little-memory"
+        InputError,
+        match=r"3 teachers at once takes about 2[34]\d\d\.\d GiB.*allowed: 2 \(one per expert\).*too-little-memory",
     ):
         distill.run(config, {"proxies": tmp_path / "proxies"}, tmp_path)
     assert not (tmp_path / "bases" / "corpus.jsonl").exists()

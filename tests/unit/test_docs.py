@@ -1,4 +1,6 @@
-"""The documentation says what the program does: commands parse, configs load, codes and modules are listed, links resolve."""
+"""The documentation says what the program does: commands parse, configs load, codes and modules are listed, links
+resolve.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,9 @@ def _texts(node: ast.expr) -> Iterator[str]:
             yield from _texts(node.body)
             yield from _texts(node.orelse)
         case ast.JoinedStr():
-            yield "".join(re.escape(str(v.value)) if isinstance(v, ast.Constant) else "[a-z]+" for v in node.values)
+            yield "".join(
+                re.escape(str(v.value)) if isinstance(v, ast.Constant) else "[a-z]+" for v in node.values
+            )
 
 
 def _codes_of_the_source() -> set[str]:
@@ -100,7 +104,11 @@ def _codes_of_the_source() -> set[str]:
     for path in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Call):
-                place = {"Problem": 0, "Refusal": 1}.get(node.func.id) if isinstance(node.func, ast.Name) else None
+                place = (
+                    {"Problem": 0, "Refusal": 1}.get(node.func.id)
+                    if isinstance(node.func, ast.Name)
+                    else None
+                )
                 given = [keyword.value for keyword in node.keywords if keyword.arg == "code"]
                 given += [] if place is None else node.args[place : place + 1]
                 codes |= {text for expression in given for text in _texts(expression)}
@@ -108,10 +116,14 @@ def _codes_of_the_source() -> set[str]:
 
 
 def test_every_error_code_is_documented_and_exists() -> None:
-    documented = re.findall(r"^\| `([a-z0-9-]+)` \|", (ROOT / "docs" / "errors.md").read_text("utf-8"), re.MULTILINE)
+    documented = re.findall(
+        r"^\| `([a-z0-9-]+)` \|", (ROOT / "docs" / "errors.md").read_text("utf-8"), re.MULTILINE
+    )
     codes = _codes_of_the_source()
     assert len(documented) == len(set(documented)), "a code stands twice"
-    assert [code for code in sorted(codes) if not any(re.fullmatch(code, known) for known in documented)] == []
+    assert [
+        code for code in sorted(codes) if not any(re.fullmatch(code, known) for known in documented)
+    ] == []
     assert [known for known in documented if not any(re.fullmatch(code, known) for code in codes)] == []
 
 
@@ -140,7 +152,12 @@ def _anchors(doc: Path) -> set[str]:
 
 
 def test_make_targets_exist() -> None:
-    named = {target for doc in DOCS for block in _blocks(doc, "sh") for target in re.findall(r"^make (\w+)", block, re.MULTILINE)}
+    named = {
+        target
+        for doc in DOCS
+        for block in _blocks(doc, "sh")
+        for target in re.findall(r"^make (\w+)", block, re.MULTILINE)
+    }
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     assert {"demo", "test"} <= named <= targets
 
@@ -153,7 +170,10 @@ def test_readme_shows_the_example() -> None:
 
 @pytest.mark.slow
 def test_examples_run(tmp_path: Path) -> None:
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+    }
     overrides = [part for one in SMALLEST for part in ("--set", one)]
     command = ["bash", str(ROOT / "examples" / "fuse_checkpoints.sh"), "run", *overrides]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -164,6 +184,13 @@ def test_examples_run(tmp_path: Path) -> None:
     few = [*SMALLEST, devices, "experts=2", "data.limit=60", "evaluate.max_documents=1"]
     call = f"import python_api; from pathlib import Path; python_api.main(Path('api'), {few!r})"
     environment["PYTHONPATH"] = str(ROOT / "examples")
-    done = subprocess.run([sys.executable, "-c", call], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", call],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "Question: Which vitamin" in done.stdout

@@ -68,7 +68,11 @@ def test_the_sentence_encoder_works_from_a_folder() -> None:
     folder = str(next(Path(spec.origin).parent.rglob("modules.json")).parent)
     heart, fever, bond = (
         embed([text], "minilm", 384, model=folder)
-        for text in ("The patient has a failing heart.", "She was treated for a high fever.", "The bond pays 4 % a year.")
+        for text in (
+            "The patient has a failing heart.",
+            "She was treated for a high fever.",
+            "The bond pays 4 % a year.",
+        )
     )
     assert heart.shape == (384,)
     assert heart @ fever > heart @ bond

@@ -41,7 +41,9 @@ def files(tmp_path: Path) -> list[Path]:
     """One file of documents per domain."""
     paths = []
     for domain, words in DOMAINS.items():
-        documents = [Document(f"Item {i}:", f" {words[i % 3]} and {words[i % 2]} {i}", domain) for i in range(60)]
+        documents = [
+            Document(f"Item {i}:", f" {words[i % 3]} and {words[i % 2]} {i}", domain) for i in range(60)
+        ]
         write_jsonl(documents, tmp_path / f"{domain}.jsonl")
         paths.append(tmp_path / f"{domain}.jsonl")
     return paths
@@ -61,7 +63,9 @@ def inputs(tmp_path: Path) -> dict[str, Path]:
         _save_moe(run_folder / name, seed)
     types = ["gpt2", "gpt2", "llama", "llama"]
     registry = [{"device": device, "type": kind} for device, kind in zip(DEVICES, types, strict=True)]
-    clusters = [{"id": i, "type": types[2 * i], "devices": list(DEVICES[2 * i : 2 * i + 2])} for i in range(2)]
+    clusters = [
+        {"id": i, "type": types[2 * i], "devices": list(DEVICES[2 * i : 2 * i + 2])} for i in range(2)
+    ]
     (run_folder / "registry.json").write_text(json.dumps(registry))
     (run_folder / "clusters.json").write_text(json.dumps({"clusters": clusters}))
     paths = {name: run_folder / name for name in ("moe", "control", "base", "uploads", "proxies")}
@@ -79,7 +83,9 @@ def _evaluation(config: Config, inputs: dict[str, Path], out: Path) -> dict[str,
     return json.loads((out / "evaluation.json").read_text())
 
 
-def test_every_model_is_measured_where_it_should(inputs: dict[str, Path], files: list[Path], tmp_path: Path) -> None:
+def test_every_model_is_measured_where_it_should(
+    inputs: dict[str, Path], files: list[Path], tmp_path: Path
+) -> None:
     config = _config(files)
     found = _evaluation(config, inputs, tmp_path / "out")
     references = found["references"]
@@ -101,12 +107,16 @@ def test_every_model_is_measured_where_it_should(inputs: dict[str, Path], files:
     assert [sum(layer) for layer in use["animals"]] == pytest.approx([1, 1])
 
 
-def test_best_device_and_members_are_the_best(inputs: dict[str, Path], files: list[Path], tmp_path: Path) -> None:
+def test_best_device_and_members_are_the_best(
+    inputs: dict[str, Path], files: list[Path], tmp_path: Path
+) -> None:
     config = _config(files)
     found = _evaluation(config, inputs, tmp_path / "out")
     test = [document for document in make_splits(config).test if document.domain == "animals"]
     own = {
-        device: evaluate_model(load_model(inputs["uploads"] / device), load_tokenizer(inputs["uploads"] / device), test)
+        device: evaluate_model(
+            load_model(inputs["uploads"] / device), load_tokenizer(inputs["uploads"] / device), test
+        )
         for device in DEVICES[:2]
     }
     best = min(own, key=lambda device: own[device]["bits_per_byte"])
@@ -120,14 +130,19 @@ def test_best_device_and_members_are_the_best(inputs: dict[str, Path], files: li
 def test_comparison_is_taken_over_domains(inputs: dict[str, Path], files: list[Path], tmp_path: Path) -> None:
     found = _evaluation(_config(files), inputs, tmp_path / "out")
     moe, comparison = found["moe"], found["comparison"]
-    difference = moe["mean_over_domains"]["log_perplexity"] - found["references"]["base"]["mean_over_domains"]["log_perplexity"]
+    difference = (
+        moe["mean_over_domains"]["log_perplexity"]
+        - found["references"]["base"]["mean_over_domains"]["log_perplexity"]
+    )
     assert comparison["moe_minus_base"]["log_perplexity"] == pytest.approx(difference)
     proxies = [proxy["bits_per_byte"] for proxy in found["references"]["proxies"].values()]
     ratio = moe["mean_over_domains"]["bits_per_byte"] / (sum(proxies) / 2)
     assert comparison["bits_per_byte_ratio_to_proxies"] == pytest.approx(ratio)
 
 
-def test_adapter_is_measured_on_the_base_of_its_card(tmp_path: Path, files: list[Path], inputs: dict[str, Path]) -> None:
+def test_adapter_is_measured_on_the_base_of_its_card(
+    tmp_path: Path, files: list[Path], inputs: dict[str, Path]
+) -> None:
     base = tmp_path / "base-of-d03"
     shutil.rmtree(inputs["uploads"] / "d03")
     meant = save_adapter_upload(inputs["uploads"] / "d03", base, seed=4)
@@ -140,7 +155,9 @@ def test_adapter_is_measured_on_the_base_of_its_card(tmp_path: Path, files: list
     assert found["log_perplexity"] == pytest.approx(expected["log_perplexity"], rel=1e-4)
 
 
-def test_killed_stage_continues_from_finished_units(inputs: dict[str, Path], files: list[Path], tmp_path: Path) -> None:
+def test_killed_stage_continues_from_finished_units(
+    inputs: dict[str, Path], files: list[Path], tmp_path: Path
+) -> None:
     whole = _evaluation(_config(files), inputs, tmp_path / "out")
     (tmp_path / "out" / "evaluation.json").unlink()
     units = tmp_path / "out" / "units"
@@ -159,8 +176,14 @@ def test_worker_processes_change_nothing(inputs: dict[str, Path], files: list[Pa
     assert one == two
 
 
-def test_uploads_from_elsewhere_are_tried_on_every_domain(inputs: dict[str, Path], files: list[Path], tmp_path: Path) -> None:
-    test = [Document("", f"{word} and more {i}", domain) for domain, words in DOMAINS.items() for i, word in enumerate(words)]
+def test_uploads_from_elsewhere_are_tried_on_every_domain(
+    inputs: dict[str, Path], files: list[Path], tmp_path: Path
+) -> None:
+    test = [
+        Document("", f"{word} and more {i}", domain)
+        for domain, words in DOMAINS.items()
+        for i, word in enumerate(words)
+    ]
     write_jsonl(test, tmp_path / "test.jsonl")
     config = parse_config({"jobs": 1, "precision": "fp32", "data": {"test": str(tmp_path / "test.jsonl")}})
     found = _evaluation(config, inputs, tmp_path / "out")
@@ -168,7 +191,9 @@ def test_uploads_from_elsewhere_are_tried_on_every_domain(inputs: dict[str, Path
     assert set(found["references"]["devices"]) == set(DOMAINS)
     for proxy in found["references"]["proxies"].values():
         assert set(proxy["by_domain"]) == set(DOMAINS)
-        assert proxy["by_domain"][proxy["domain"]]["bits_per_byte"] == min(v["bits_per_byte"] for v in proxy["by_domain"].values())
+        assert proxy["by_domain"][proxy["domain"]]["bits_per_byte"] == min(
+            v["bits_per_byte"] for v in proxy["by_domain"].values()
+        )
 
 
 def test_absent_inputs_are_null(inputs: dict[str, Path], files: list[Path], tmp_path: Path) -> None:
@@ -182,10 +207,14 @@ def test_absent_inputs_are_null(inputs: dict[str, Path], files: list[Path], tmp_
     assert nothing["expert_use"] is None
 
 
-def test_cap_takes_documents_of_every_domain(inputs: dict[str, Path], files: list[Path], tmp_path: Path) -> None:
+def test_cap_takes_documents_of_every_domain(
+    inputs: dict[str, Path], files: list[Path], tmp_path: Path
+) -> None:
     config = _config(files, evaluate={"max_documents": 3})
     found = _evaluation(config, {"moe": inputs["moe"]}, tmp_path / "out")
-    assert {domain: values["examples"] for domain, values in found["moe"]["by_domain"].items()} == dict.fromkeys(DOMAINS, 3)
+    assert {
+        domain: values["examples"] for domain, values in found["moe"]["by_domain"].items()
+    } == dict.fromkeys(DOMAINS, 3)
     again = _evaluation(config, {"moe": inputs["moe"]}, tmp_path / "again")
     assert again == found
 
@@ -196,7 +225,12 @@ def test_the_log_calls_devices_by_their_ids(
     """Where devices were set aside a place in the registry is no id; a device is named with its own domain."""
     registry = json.loads(inputs["registry"].read_text())
     inputs["registry"].write_text(json.dumps([registry[3], registry[1]]))
-    clusters = {"clusters": [{"id": 0, "type": "gpt2", "devices": ["d01"]}, {"id": 1, "type": "llama", "devices": ["d03"]}]}
+    clusters = {
+        "clusters": [
+            {"id": 0, "type": "gpt2", "devices": ["d01"]},
+            {"id": 1, "type": "llama", "devices": ["d03"]},
+        ]
+    }
     inputs["clusters"].write_text(json.dumps(clusters))
     run(_config(files), inputs, tmp_path / "out")
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[evaluate device ")]
@@ -207,7 +241,9 @@ def test_the_log_calls_devices_by_their_ids(
     assert measured == {"d01", "d03"}
 
 
-def test_an_id_may_be_as_long_as_a_file_name(inputs: dict[str, Path], files: list[Path], tmp_path: Path) -> None:
+def test_an_id_may_be_as_long_as_a_file_name(
+    inputs: dict[str, Path], files: list[Path], tmp_path: Path
+) -> None:
     name = "模" * 63
     shutil.move(inputs["uploads"] / "d00", inputs["uploads"] / name)
     only = {"registry": tmp_path / "one.json", "uploads": inputs["uploads"]}

@@ -85,7 +85,9 @@ def random_base(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(1 + 0.2 * torch.randn_like(parameter) if "norm" in name else 0.1 * torch.randn_like(parameter))
+            parameter.copy_(
+                1 + 0.2 * torch.randn_like(parameter) if "norm" in name else 0.1 * torch.randn_like(parameter)
+            )
     return model
 
 
@@ -102,9 +104,13 @@ def bases(tmp_path_factory):
     return found
 
 
-def merge(layout: MoELayout, folders: list[Path], config: PretrainedConfig, out: Path, router=None) -> PreTrainedModel:
+def merge(
+    layout: MoELayout, folders: list[Path], config: PretrainedConfig, out: Path, router=None
+) -> PreTrainedModel:
     with TensorWriter(out) as writer:
-        for name, tensor in merge_tensors(layout, [TensorReader(folder) for folder in folders], config, router):
+        for name, tensor in merge_tensors(
+            layout, [TensorReader(folder) for folder in folders], config, router
+        ):
             writer.add(name, tensor)
     moe_config(config, layout).save_pretrained(out)
     model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
@@ -128,7 +134,11 @@ def layouts(family: str) -> list[MoELayout]:
 @pytest.mark.parametrize("layout", [layout for family in FAMILIES for layout in layouts(family)], ids=str)
 def test_equal_bases_keep_their_function(bases, tmp_path, layout, prototype):
     models, folders = bases[layout.family]
-    router = F.normalize(torch.randn(2, K, 32, generator=torch.Generator().manual_seed(3)), dim=-1) if prototype else None
+    router = (
+        F.normalize(torch.randn(2, K, 32, generator=torch.Generator().manual_seed(3)), dim=-1)
+        if prototype
+        else None
+    )
     moe = merge(layout, [folders[0]] * K, models[0].config, tmp_path, router)
     with torch.no_grad():
         expected, got = models[0](tokens()).logits, moe(tokens()).logits
@@ -197,7 +207,9 @@ def test_tied_embeddings_stay_tied_or_get_a_head(tmp_path, untie):
         assert (moe(tokens()).logits - base(tokens()).logits).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(("family", "config_class"), [("qwen2_moe", Qwen2MoeConfig), ("qwen3_moe", Qwen3MoeConfig)])
+@pytest.mark.parametrize(
+    ("family", "config_class"), [("qwen2_moe", Qwen2MoeConfig), ("qwen3_moe", Qwen3MoeConfig)]
+)
 def test_all_dense_moe_class_is_a_base_too(tmp_path, family, config_class):
     base = random_base(config_class(**SIZES, mlp_only_layers=[0, 1], num_experts=4))
     base.save_pretrained(tmp_path / "base")
@@ -284,11 +296,23 @@ def test_merge_refuses_wrong_numbers_of_bases_and_router_shapes(bases):
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(family=st.sampled_from(FAMILIES), experts=st.integers(2, 5), split=st.sampled_from([1, 2, 4]), data=st.data())
+@given(
+    family=st.sampled_from(FAMILIES),
+    experts=st.integers(2, 5),
+    split=st.sampled_from([1, 2, 4]),
+    data=st.data(),
+)
 def test_counts_match_the_tensors_written(bases, family, experts, split, data):
     models, folders = bases[family]
     shared = "none" if family == "qwen3_moe" else data.draw(st.sampled_from(["none", "zero", "average"]))
-    layout = MoELayout(family, experts, data.draw(st.integers(1, experts)), split, shared, data.draw(st.sampled_from([(), (0,)])))
+    layout = MoELayout(
+        family,
+        experts,
+        data.draw(st.integers(1, experts)),
+        split,
+        shared,
+        data.draw(st.sampled_from([(), (0,)])),
+    )
     merged = dict(merge_tensors(layout, [TensorReader(folders[0])] * experts, models[0].config, None))
     sizes = {name: tensor.numel() for name, tensor in merged.items() if "e_score_correction_bias" not in name}
     routed = sum(size for name, size in sizes.items() if is_expert_name(name))
@@ -299,7 +323,11 @@ def test_counts_match_the_tensors_written(bases, family, experts, split, data):
 
 def test_the_layouts_of_qwen_moe_and_deepseek_moe_are_reachable():
     qwen = Qwen2Config(
-        hidden_size=2048, intermediate_size=5632, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        num_key_value_heads=16,
     )
     config = moe_config(qwen, MoELayout("qwen2_moe", experts=15, top_k=1, split=4, shared="average"))
     assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (60, 4, 1408)
@@ -308,8 +336,16 @@ def test_the_layouts_of_qwen_moe_and_deepseek_moe_are_reachable():
     assert parameter_count(config) == parameter_count(published)
     assert 14.3e9 < parameter_count(config)["total"] < 14.4e9
 
-    llama = LlamaConfig(vocab_size=102400, hidden_size=2048, intermediate_size=2816, num_hidden_layers=28, num_attention_heads=16)
-    config = moe_config(llama, MoELayout("deepseek", experts=32, top_k=3, split=2, shared="average", dense_layers=(0,)))
+    llama = LlamaConfig(
+        vocab_size=102400,
+        hidden_size=2048,
+        intermediate_size=2816,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+    )
+    config = moe_config(
+        llama, MoELayout("deepseek", experts=32, top_k=3, split=2, shared="average", dense_layers=(0,))
+    )
     assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (64, 6, 1408)
     assert (config.shared_expert_intermediate_size, config.mlp_only_layers) == (2 * 1408, [0])
     assert 16.2e9 < parameter_count(config)["total"] < 16.5e9
@@ -322,7 +358,9 @@ def test_router_logits_are_recorded_layer_by_layer_with_gradient(bases, tmp_path
     moe = merge(layout, folders, models[0].config, tmp_path)
     seen = {}
     gate = moe.model.layers[1].mlp.gate
-    hook = gate.register_forward_pre_hook(lambda module, args: seen.update(hidden=args[0].detach().reshape(-1, 32)))
+    hook = gate.register_forward_pre_hook(
+        lambda module, args: seen.update(hidden=args[0].detach().reshape(-1, 32))
+    )
     with router_logits_by_layer(moe) as logits:
         moe(tokens())
         hook.remove()
@@ -341,12 +379,18 @@ def test_router_logits_are_recorded_layer_by_layer_with_gradient(bases, tmp_path
 def test_expert_and_pinned_parameters(bases, tmp_path, family):
     models, folders = bases[family]
     moe = merge(MoELayout(family, K, 2, dense_layers=(0,)), folders, models[0].config, tmp_path)
-    assert expert_parameters(moe) == [f"model.layers.1.mlp.experts.{part}" for part in ("gate_up_proj", "down_proj")]
-    assert pinned_parameters(moe) == (["model.layers.1.mlp.shared_expert_gate.weight"] if family == "deepseek" else [])
+    assert expert_parameters(moe) == [
+        f"model.layers.1.mlp.experts.{part}" for part in ("gate_up_proj", "down_proj")
+    ]
+    assert pinned_parameters(moe) == (
+        ["model.layers.1.mlp.shared_expert_gate.weight"] if family == "deepseek" else []
+    )
     assert pinned_parameters(models[0]) == []
 
 
-def deepseek_v1_block(hidden: torch.Tensor, state: dict[str, torch.Tensor], prefix: str, config: dict) -> torch.Tensor:
+def deepseek_v1_block(
+    hidden: torch.Tensor, state: dict[str, torch.Tensor], prefix: str, config: dict
+) -> torch.Tensor:
     """The MoE block of DeepSeek-MoE v1: normalised softmax top-k plus ungated shared experts."""
 
     def ffn(x: torch.Tensor, name: str) -> torch.Tensor:
@@ -370,16 +414,27 @@ def test_deepseek_v1_export_computes_the_same_block(bases, tmp_path):
     (tmp_path / "moe" / "tokenizer.json").write_text("{}")
     export_deepseek_v1(tmp_path / "moe", tmp_path / "v1")
     config = json.loads((tmp_path / "v1" / "config.json").read_text())
-    expected = {"model_type": "deepseek", "n_routed_experts": 6, "n_shared_experts": 2, "num_experts_per_tok": 4}
+    expected = {
+        "model_type": "deepseek",
+        "n_routed_experts": 6,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 4,
+    }
     assert expected.items() <= config.items()
-    assert (config["first_k_dense_replace"], config["norm_topk_prob"], config["rope_scaling"]) == (1, True, None)
+    assert (config["first_k_dense_replace"], config["norm_topk_prob"], config["rope_scaling"]) == (
+        1,
+        True,
+        None,
+    )
     reader = TensorReader(tmp_path / "v1")
     state = {name: reader.get(name) for name in reader.names()}
     assert not any("shared_expert_gate" in name or ".shared_expert." in name for name in state)
     hidden = torch.randn(10, 32)
     with torch.no_grad():
         block = moe.model.layers[1].mlp(hidden[None])[0]
-    torch.testing.assert_close(deepseek_v1_block(hidden, state, "model.layers.1.mlp.", config), block, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        deepseek_v1_block(hidden, state, "model.layers.1.mlp.", config), block, rtol=1e-5, atol=1e-5
+    )
     assert (tmp_path / "v1" / "tokenizer.json").read_text() == "{}"
 
 

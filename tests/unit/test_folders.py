@@ -53,7 +53,8 @@ def shared() -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    "name", [".", "..", "/", "~", "clinic/..", "clinic/../../here", "file", "file/out", "nowhere", "nowhere/out"]
+    "name",
+    [".", "..", "/", "~", "clinic/..", "clinic/../../here", "file", "file/out", "nowhere", "nowhere/out"],
 )
 def test_places_that_are_refused(tmp_path, monkeypatch, name):
     here = tmp_path / "here"
@@ -100,7 +101,9 @@ def test_a_place_that_cannot_be_written_is_said_before_any_work(shared):
     assert done.stdout.split() == ["bad-out"] * 3, done.stderr
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "config.yaml", "log.txt", "federation/notes", "uploads/a", "photo.jpg"])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "config.yaml", "log.txt", "federation/notes", "uploads/a", "photo.jpg"]
+)
 def test_names_alone_make_no_run_folder(tmp_path, name):
     path = tmp_path / "out" / name
     path.parent.mkdir(parents=True)
@@ -294,7 +297,9 @@ def test_one_process_at_a_time(tmp_path):
     """
     lines = "import sys\n" + textwrap.dedent(code)
     busy = InputError("busy", code="run-busy")
-    with subprocess.Popen([sys.executable, "-c", lines], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", lines], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "in\n"
         with pytest.raises(InputError, match="busy"), folders.locked(tmp_path / "lock", busy):

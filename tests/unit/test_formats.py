@@ -13,7 +13,12 @@ import pytest
 import torch
 from device_models import make_model, save_checkpoint, save_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 
 from deepfusion.errors import InputError
 from deepfusion.models.architecture import architecture, read_config
@@ -72,7 +77,9 @@ def quantised(folder: Path, kind: str) -> PreTrainedModel:
     pytest.importorskip("bitsandbytes")
     four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     how = BitsAndBytesConfig(**(four if kind == "nf4" else {"load_in_8bit": True}))
-    AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, dtype=torch.float32).save_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=how, dtype=torch.float32
+    ).save_pretrained(folder)
     return model
 
 
@@ -97,7 +104,10 @@ def test_scales_without_a_word_in_the_config_are_refused(kind: str, tmp_path: Pa
     edit_config(tmp_path, quantization_config=None)
     with pytest.raises(InputError, match=r"\[quantised\]"):
         load_model(tmp_path)
-    edit_tensors(tmp_path, lambda tensors: {n: t.float() for n, t in tensors.items() if not n.endswith("weight_format")})
+    edit_tensors(
+        tmp_path,
+        lambda tensors: {n: t.float() for n, t in tensors.items() if not n.endswith("weight_format")},
+    )
     with pytest.raises(InputError, match=r"scales of quantised weights.*\[quantised\]"):
         load_model(tmp_path)
 
@@ -160,15 +170,23 @@ def adapter(folder: Path) -> None:
 
 
 def int8(folder: Path) -> None:
-    edit_tensors(folder, lambda tensors: {n: (t * 100).to(torch.int8) if t.ndim == 2 else t for n, t in tensors.items()})
+    edit_tensors(
+        folder,
+        lambda tensors: {n: (t * 100).to(torch.int8) if t.ndim == 2 else t for n, t in tensors.items()},
+    )
 
 
 def float8(folder: Path) -> None:
-    edit_tensors(folder, lambda tensors: {n: t.to(torch.float8_e4m3fn) if t.ndim == 2 else t for n, t in tensors.items()})
+    edit_tensors(
+        folder,
+        lambda tensors: {n: t.to(torch.float8_e4m3fn) if t.ndim == 2 else t for n, t in tensors.items()},
+    )
 
 
 def nan(folder: Path) -> None:
-    edit_tensors(folder, lambda tensors: tensors | {"lm_head.weight": tensors["lm_head.weight"] * float("nan")})
+    edit_tensors(
+        folder, lambda tensors: tensors | {"lm_head.weight": tensors["lm_head.weight"] * float("nan")}
+    )
 
 
 def infinite(folder: Path) -> None:
@@ -193,7 +211,10 @@ FORMS: dict[str, tuple[Callable[[Path], None], str]] = {
     "float8 without scales": (float8, r"float8.*\[quantised\]"),
     "classifier": (classifier, r"LlamaForSequenceClassification.*LlamaForCausalLM.*\[not-a-language-model\]"),
     "classifier that does not say so": (hidden_classifier, r"score\.weight.*\[bad-model\]"),
-    "sentence encoder": (lambda folder: edit_config(folder, architectures=["LlamaModel"]), r"LlamaModel.*\[not-a-language-model\]"),
+    "sentence encoder": (
+        lambda folder: edit_config(folder, architectures=["LlamaModel"]),
+        r"LlamaModel.*\[not-a-language-model\]",
+    ),
     "adapter": (adapter, r"adapter.*\[adapter-alone\]"),
     "lost shard": (drop_shard, r"1 of \d files.*model-00002-of-.*\[weights-damaged\]"),
     "extra shard": (extra_shard, r"model-00009-of-00009.*\[weights-extra\]"),
@@ -203,7 +224,10 @@ FORMS: dict[str, tuple[Callable[[Path], None], str]] = {
     "NaN": (nan, r"lm_head\.weight holds NaN.*\[non-finite\]"),
     "infinite": (infinite, r"norm\.weight holds NaN or infinite.*\[non-finite\]"),
     "more layers than the config": (deeper, r"layers\.1\..*\[bad-model\]"),
-    "other widths than the config": (lambda folder: edit_config(folder, intermediate_size=48), r"proj.*48.*\[bad-model\]"),
+    "other widths than the config": (
+        lambda folder: edit_config(folder, intermediate_size=48),
+        r"proj.*48.*\[bad-model\]",
+    ),
 }
 
 
@@ -217,26 +241,55 @@ def test_what_would_be_read_wrongly_is_refused_by_name(form: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_one_rule_for_every_command_that_reads_a_model(form: str, tmp_path: Path, invoke: Callable[..., Any]) -> None:
-    """Of the forms each command meets some, so that together they meet all; none may end in a traceback or after work."""
+def test_one_rule_for_every_command_that_reads_a_model(
+    form: str, tmp_path: Path, invoke: Callable[..., Any]
+) -> None:
+    """Of the forms each command meets some, so that together they meet all; none may end in a traceback or after
+    work.
+    """
     folder, data = tmp_path / "model", tmp_path / "data.jsonl"
     save_checkpoint(folder, "llama")
     FORMS[form][0](folder)
-    data.write_text("".join(json.dumps({"text": f"the cat sat on mat {number} and looked around"}) + "\n" for number in range(40)))
-    settings = ["--set", "devices=2", "--set", f"data.private={data}", "--set", "device.types=[tiny-gpt2]", "--set", "experts=2"]
+    data.write_text(
+        "".join(
+            json.dumps({"text": f"the cat sat on mat {number} and looked around"}) + "\n"
+            for number in range(40)
+        )
+    )
+    settings = [
+        "--set",
+        "devices=2",
+        "--set",
+        f"data.private={data}",
+        "--set",
+        "device.types=[tiny-gpt2]",
+        "--set",
+        "experts=2",
+    ]
     commands: list[list[Any]] = [
         ["generate", folder, "the cat"],
         ["evaluate", folder, "--data", data, "--json"],
         ["device", "train", "--data", data, "--out", tmp_path / "up", "--type", folder],
         ["config", "check", *settings, "--set", "family=deepseek", "--set", f"distill.base={folder}"],
-        ["run", "--out", tmp_path / "run", *settings, "--set", "family=deepseek", "--set", f"distill.base={folder}"],
+        [
+            "run",
+            "--out",
+            tmp_path / "run",
+            *settings,
+            "--set",
+            "family=deepseek",
+            "--set",
+            f"distill.base={folder}",
+        ],
     ]
     number = list(FORMS).index(form)
     for command in (commands[number % 5], commands[(number + 2) % 5]):
         done = invoke(*command)
         assert done.code == 2, done.err
         assert done.out == ""
-        assert [line for line in done.err.splitlines() if line.startswith("deepfusion:")] == [done.err.splitlines()[-1]]
+        assert [line for line in done.err.splitlines() if line.startswith("deepfusion:")] == [
+            done.err.splitlines()[-1]
+        ]
         assert not (tmp_path / "up").exists()
         assert not list((tmp_path / "run").rglob("card.json"))
 
@@ -246,13 +299,19 @@ def test_a_quantised_checkpoint_is_adopted_with_its_real_values(kind: str, tmp_p
     quantised(tmp_path / "q", kind)
     adopt_checkpoint(tmp_path / "q", tmp_path / "up", "up", np.eye(8)[0], "hashing")
     assert check_upload(tmp_path / "up", 10**9) == []
-    torch.testing.assert_close(load_model(tmp_path / "up")(IDS).logits, load_model(tmp_path / "q")(IDS).logits)
+    torch.testing.assert_close(
+        load_model(tmp_path / "up")(IDS).logits, load_model(tmp_path / "q")(IDS).logits
+    )
 
 
-def test_what_is_read_tensor_by_tensor_must_be_plain_before_any_training(tmp_path: Path, invoke: Callable[..., Any]) -> None:
+def test_what_is_read_tensor_by_tensor_must_be_plain_before_any_training(
+    tmp_path: Path, invoke: Callable[..., Any]
+) -> None:
     """An adapter or a change refers to the public checkpoint as it is stored."""
     quantised(tmp_path / "q", "fp8")
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": f"the cat sat on mat {n}"}) + "\n" for n in range(20)))
+    (tmp_path / "data.jsonl").write_text(
+        "".join(json.dumps({"text": f"the cat sat on mat {n}"}) + "\n" for n in range(20))
+    )
     for choice in ("method=lora", "upload=delta8"):
         done = invoke(
             "device", "train", "--data", tmp_path / "data.jsonl", "--out", tmp_path / "up", "--type", tmp_path / "q",
@@ -270,7 +329,10 @@ def test_an_adapter_without_a_config_is_named_as_one(tmp_path: Path) -> None:
 
 def test_what_older_versions_stored_beside_the_weights_loses_nothing(tmp_path: Path) -> None:
     for kind, extra in {
-        "gpt2": {"transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64), "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)},
+        "gpt2": {
+            "transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64),
+            "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
+        },
         "llama": {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
     }.items():
         exact = save_checkpoint(tmp_path / kind, kind).eval()
@@ -278,13 +340,18 @@ def test_what_older_versions_stored_beside_the_weights_loses_nothing(tmp_path: P
         assert torch.equal(load_model(tmp_path / kind)(IDS).logits, exact(IDS).logits)
         assert set(open_whole(tmp_path / kind).names()) == set(architecture(exact.config).tensors)
         prefix = f"{exact.base_model_prefix}."
-        edit_tensors(tmp_path / kind, lambda tensors, prefix=prefix: {n.removeprefix(prefix): t for n, t in tensors.items()})
+        edit_tensors(
+            tmp_path / kind,
+            lambda tensors, prefix=prefix: {n.removeprefix(prefix): t for n, t in tensors.items()},
+        )
         assert torch.equal(load_model(tmp_path / kind)(IDS).logits, exact(IDS).logits)
 
 
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_flash_attention_of_another_machine_is_no_reason_to_refuse(kind: str, key: str, tmp_path: Path) -> None:
+def test_flash_attention_of_another_machine_is_no_reason_to_refuse(
+    kind: str, key: str, tmp_path: Path
+) -> None:
     exact = save_checkpoint(tmp_path, kind).eval()
     edit_config(tmp_path, **{key: "flash_attention_2"})
     model = load_model(tmp_path)

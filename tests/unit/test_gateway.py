@@ -56,12 +56,18 @@ def check_refused(answer: httpx.Response, status: int, code: str) -> None:
 def open_patch(device: Device, name: str, length: int) -> ssl.SSLSocket:
     """A PATCH whose headers were sent and whose body may follow, on a connection of its own."""
     headers = {
-        **identity.sign(device.key), "Tus-Resumable": "1.0.0", "Authorization": f"Bearer {device.ticket}", "Host": "localhost",
+        **identity.sign(device.key), "Tus-Resumable": "1.0.0", "Authorization": f"Bearer {device.ticket}",
+        "Host": "localhost",
         "Content-Type": "application/offset+octet-stream", "Upload-Offset": "0", "Content-Length": str(length),
     }  # fmt: skip
     plain = socket.create_connection(("127.0.0.1", device.gateway.port), timeout=10)
     tunnel = device.gateway.context.wrap_socket(plain, server_hostname="localhost")
-    lines = [f"PATCH /v1/uploads/{name} HTTP/1.1", *(f"{key}: {value}" for key, value in headers.items()), "", ""]
+    lines = [
+        f"PATCH /v1/uploads/{name} HTTP/1.1",
+        *(f"{key}: {value}" for key, value in headers.items()),
+        "",
+        "",
+    ]
     tunnel.sendall("\r\n".join(lines).encode())
     return tunnel
 
@@ -87,7 +93,10 @@ def test_health_and_authority_need_no_signature(gateway: Gateway) -> None:
     assert answer.content == gateway.home.ca.read_bytes()
     assert "server" not in answer.headers
     trusted = identity.trust(
-        f"localhost:{gateway.port}", gateway.folder / "trust", None, identity.certificate_digest(answer.content)
+        f"localhost:{gateway.port}",
+        gateway.folder / "trust",
+        None,
+        identity.certificate_digest(answer.content),
     )
     assert trusted is not None
     assert trusted.read_bytes() == answer.content
@@ -106,7 +115,9 @@ def test_upload_in_pieces_and_the_receipt(gateway: Gateway) -> None:
     found = device.call("HEAD", f"/v1/uploads/{WEIGHTS}")
     assert (found.headers["Upload-Offset"], found.headers["Upload-Length"]) == ("100000", "300000")
     assert found.headers["Cache-Control"] == "no-store"
-    chunked = device.patch(WEIGHTS, 100_000, (content[at : at + 7_000] for at in range(100_000, 300_000, 7_000)))
+    chunked = device.patch(
+        WEIGHTS, 100_000, (content[at : at + 7_000] for at in range(100_000, 300_000, 7_000))
+    )
     assert (chunked.status_code, chunked.headers["Upload-Offset"]) == (204, "300000")
     incomplete = device.receipt()
     check_refused(incomplete, 409, "incomplete")
@@ -119,7 +130,11 @@ def test_upload_in_pieces_and_the_receipt(gateway: Gateway) -> None:
     answer = device.receipt()
     receipt = answer.json()
     assert answer.status_code == 200
-    assert (receipt["device"], receipt["digest"], receipt["size"]) == ("pieces", device.offer.digest, device.offer.size)
+    assert (receipt["device"], receipt["digest"], receipt["size"]) == (
+        "pieces",
+        device.offer.digest,
+        device.offer.size,
+    )
     assert (receipt["files"], receipt["state"]) == (3, "done")
     assert {path.name: sha256_file(path) for path in device.received.iterdir()} == {
         file.name: file.sha256 for file in device.offer.files
@@ -127,9 +142,9 @@ def test_upload_in_pieces_and_the_receipt(gateway: Gateway) -> None:
     assert not device.incoming.parent.exists()
     assert device.receipt().json() == receipt, "asked again"
     check_refused(device.create(WEIGHTS), 403, "ticket-spent")
-    assert [line["digest"] for line in gateway.audit if line["event"] == "accepted" and line["device"] == "pieces"] == [
-        device.offer.digest
-    ]
+    assert [
+        line["digest"] for line in gateway.audit if line["event"] == "accepted" and line["device"] == "pieces"
+    ] == [device.offer.digest]
 
 
 def test_late_uploads_say_so(spoiled: Gateway) -> None:
@@ -208,7 +223,11 @@ def test_tickets(gateway: Gateway) -> None:
 def test_requests_that_do_not_fit_the_offer(gateway: Gateway) -> None:
     device = gateway.device("misfit")
     check_refused(device.create("other.safetensors"), 400, "unknown-file")
-    check_refused(device.call("POST", "/v1/uploads", Upload_Length="1", Upload_Metadata="filename ?"), 400, "unknown-file")
+    check_refused(
+        device.call("POST", "/v1/uploads", Upload_Length="1", Upload_Metadata="filename ?"),
+        400,
+        "unknown-file",
+    )
     check_refused(device.create(WEIGHTS, length=300_001), 400, "length-differs")
     check_refused(device.create(WEIGHTS, Tus_Resumable="0.2.2"), 412, "tus-version")
     check_refused(device.patch(WEIGHTS, 0, b"x"), 404, "not-created")
@@ -291,7 +310,10 @@ def test_many_requests_for_one_file_never_mix(gateway: Gateway) -> None:
     def push() -> None:
         with httpx.Client(verify=gateway.context, trust_env=False, timeout=30) as client:
             for _ in range(10):
-                headers = identity.sign(device.key) | {"Tus-Resumable": "1.0.0", "Authorization": f"Bearer {device.ticket}"}
+                headers = identity.sign(device.key) | {
+                    "Tus-Resumable": "1.0.0",
+                    "Authorization": f"Bearer {device.ticket}",
+                }
                 url = f"https://127.0.0.1:{gateway.port}/v1/uploads/{WEIGHTS}"
                 offset = int(client.head(url, headers=headers).headers["Upload-Offset"])
                 body = {"Content-Type": "application/offset+octet-stream", "Upload-Offset": str(offset)}
@@ -392,7 +414,18 @@ def test_memory_stays_small(gateway: Gateway) -> None:
 
 def test_command_line_reports_bad_input_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    line = ["--home", tmp_path, "--run", tmp_path / "run", "--host", "127.0.0.1", "--port", 1, "--superlink", "127.0.0.1:2"]
+    line = [
+        "--home",
+        tmp_path,
+        "--run",
+        tmp_path / "run",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        1,
+        "--superlink",
+        "127.0.0.1:2",
+    ]
     command = [sys.executable, "-m", "deepfusion.federation.server.gateway", *map(str, line)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
@@ -420,14 +453,28 @@ def test_flower_through_the_gateway(tmp_path: Path) -> None:
     gateway = Gateway(tmp_path).start()
     link = SuperLink(gateway.home, gateway.superlink)
     device = gateway.device("registered")
-    superlink = subprocess.Popen(link.command(), env=link.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    superlink = subprocess.Popen(
+        link.command(), env=link.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
 
     def call(who: Device, name: str, request: bytes) -> httpx.Response:
-        return who.call("POST", f"/v1/fleet/{name}", request, Content_Type="application/protobuf", Accept="application/protobuf")
+        return who.call(
+            "POST",
+            f"/v1/fleet/{name}",
+            request,
+            Content_Type="application/protobuf",
+            Accept="application/protobuf",
+        )
 
     def activate(who: Device, claimed: Device) -> httpx.Response:
-        pem = claimed.key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-        return call(who, "activate-node", ActivateNodeRequest(public_key=pem, heartbeat_interval=30).SerializeToString())
+        pem = claimed.key.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+        return call(
+            who,
+            "activate-node",
+            ActivateNodeRequest(public_key=pem, heartbeat_interval=30).SerializeToString(),
+        )
 
     try:
         wait_until(lambda: call(device, "pull-messages", b"").status_code != 503)

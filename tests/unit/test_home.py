@@ -190,7 +190,10 @@ def test_change_after_change_is_seen(home: Home) -> None:
 
 
 def test_no_change_is_lost_when_operators_work_side_by_side(home: Home) -> None:
-    keys = [[identity.public_line(ec.generate_private_key(ec.SECP256R1()).public_key()) for _ in range(20)] for _ in range(2)]
+    keys = [
+        [identity.public_line(ec.generate_private_key(ec.SECP256R1()).public_key()) for _ in range(20)]
+        for _ in range(2)
+    ]
     code = (
         "print('ready', flush=True); sys.stdin.readline()\n"
         "for number, line in enumerate(arguments[1:]): home.enroll(arguments[0] + str(number), line)"
@@ -203,8 +206,12 @@ def test_no_change_is_lost_when_operators_work_side_by_side(home: Home) -> None:
         assert operator.stdin is not None
         operator.stdin.write("go\n")
         operator.stdin.flush()
-    assert [(operator.communicate(timeout=60)[0], operator.returncode) for operator in operators] == [("", 0)] * 2
-    expected = {f"{name}{i}": line for name, lines in zip("ab", keys, strict=True) for i, line in enumerate(lines)}
+    assert [(operator.communicate(timeout=60)[0], operator.returncode) for operator in operators] == [
+        ("", 0)
+    ] * 2
+    expected = {
+        f"{name}{i}": line for name, lines in zip("ab", keys, strict=True) for i, line in enumerate(lines)
+    }
     assert {name: device.key for name, device in home.devices.items()} == expected
 
 

@@ -34,7 +34,9 @@ def mode(path: Path) -> int:
     return path.stat().st_mode & 0o777
 
 
-def private_pem(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey, password: bytes | None = None) -> bytes:
+def private_pem(
+    key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey, password: bytes | None = None
+) -> bytes:
     hidden = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
     return key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, hidden)
 
@@ -95,7 +97,9 @@ def test_file_that_is_no_key_of_a_device_is_refused(tmp_path: Path, content: byt
     assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize("curve", [ec.SECP256R1(), ec.SECP384R1(), ec.SECP521R1()], ids=lambda curve: curve.name)
+@pytest.mark.parametrize(
+    "curve", [ec.SECP256R1(), ec.SECP384R1(), ec.SECP521R1()], ids=lambda curve: curve.name
+)
 def test_public_line_round_trip(curve: ec.EllipticCurve) -> None:
     key = ec.generate_private_key(curve).public_key()
     line = identity.public_line(key)
@@ -131,7 +135,9 @@ def test_request_of_another_time_is_refused(seconds: float) -> None:
         identity.signer(signed_at(ago(seconds)))
 
 
-@pytest.mark.parametrize("when", ["0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59", "2020-01-01", "2020-01-01T00:00:00"])
+@pytest.mark.parametrize(
+    "when", ["0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59", "2020-01-01", "2020-01-01T00:00:00"]
+)
 def test_soundly_signed_nonsense_for_a_time_is_refused(when: str) -> None:
     with pytest.raises(identity.Unsigned):
         identity.signer(signed_at(when))
@@ -148,7 +154,9 @@ def test_key_swapped_after_signing_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "curve", [ec.SECP192R1(), ec.SECP224R1(), ec.SECP256K1(), ec.BrainpoolP256R1()], ids=lambda curve: curve.name
+    "curve",
+    [ec.SECP192R1(), ec.SECP224R1(), ec.SECP256K1(), ec.BrainpoolP256R1()],
+    ids=lambda curve: curve.name,
 )
 def test_key_on_a_curve_that_cannot_be_enrolled_is_refused(curve: ec.EllipticCurve) -> None:
     with pytest.raises(identity.Unsigned, match="NIST curve"):
@@ -156,7 +164,9 @@ def test_key_on_a_curve_that_cannot_be_enrolled_is_refused(curve: ec.EllipticCur
 
 
 @pytest.mark.parametrize(
-    "key", [rsa.generate_private_key(65537, 2048), ed25519.Ed25519PrivateKey.generate()], ids=["rsa", "ed25519"]
+    "key",
+    [rsa.generate_private_key(65537, 2048), ed25519.Ed25519PrivateKey.generate()],
+    ids=["rsa", "ed25519"],
 )
 def test_key_of_another_kind_is_refused(key: rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey) -> None:
     pem = key.public_key().public_bytes(PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
@@ -165,7 +175,9 @@ def test_key_of_another_kind_is_refused(key: rsa.RSAPrivateKey | ed25519.Ed25519
 
 
 @pytest.mark.parametrize("header", [KEY_HEADER, TIME_HEADER, SIGNATURE_HEADER])
-@given(value=st.text() | st.binary().map(lambda raw: base64.b64encode(raw).decode()) | st.datetimes().map(str))
+@given(
+    value=st.text() | st.binary().map(lambda raw: base64.b64encode(raw).decode()) | st.datetimes().map(str)
+)
 @example(value=base64.b64encode(private_pem(KEY)).decode())
 @example(value=base64.b64encode(b"-----BEGIN PUBLIC KEY-----\n\n-----END PUBLIC KEY-----").decode())
 def test_a_header_of_anything_is_refused(header: str, value: str) -> None:
@@ -173,7 +185,11 @@ def test_a_header_of_anything_is_refused(header: str, value: str) -> None:
         identity.signer(identity.sign(KEY) | {header: value})
 
 
-@given(st.sampled_from([KEY_HEADER, TIME_HEADER, SIGNATURE_HEADER]), st.floats(0, 0.99), st.characters(max_codepoint=127))
+@given(
+    st.sampled_from([KEY_HEADER, TIME_HEADER, SIGNATURE_HEADER]),
+    st.floats(0, 0.99),
+    st.characters(max_codepoint=127),
+)
 def test_a_changed_character_is_refused_or_harmless(header: str, share: float, character: str) -> None:
     headers = identity.sign(KEY)
     place = int(share * len(headers[header]))
@@ -251,7 +267,10 @@ def serve() -> Iterator[Serve]:
 def shake_hands(server: str, ca: Path, name: str) -> x509.Certificate:
     """What the server shows to somebody who trusts `ca` and believes to speak to `name`."""
     host, _, port = server.partition(":")
-    with socket.create_connection((host, int(port)), 10) as raw, identity.tls(ca).wrap_socket(raw, server_hostname=name) as secure:
+    with (
+        socket.create_connection((host, int(port)), 10) as raw,
+        identity.tls(ca).wrap_socket(raw, server_hostname=name) as secure,
+    ):
         shown = secure.getpeercert(binary_form=True)
         assert shown is not None
         return x509.load_der_x509_certificate(shown)
@@ -308,7 +327,10 @@ def copy(folder: Path, to: Path) -> Path:
 
 
 def test_keys_of_the_server_are_secret(authority: Path) -> None:
-    assert {path.name: mode(path) for path in authority.glob("*.key")} == {"ca.key": 0o600, "server.key": 0o600}
+    assert {path.name: mode(path) for path in authority.glob("*.key")} == {
+        "ca.key": 0o600,
+        "server.key": 0o600,
+    }
     assert sorted(content(authority)) == ["ca.key", "ca.pem", "server.key", "server.pem"]
 
 
@@ -327,7 +349,9 @@ def test_two_ways_to_write_an_address_are_one_host(authority: Path, tmp_path: Pa
     assert content(home) == before
 
 
-def test_other_hosts_get_a_new_certificate_of_the_same_authority(authority: Path, serve: Serve, tmp_path: Path) -> None:
+def test_other_hosts_get_a_new_certificate_of_the_same_authority(
+    authority: Path, serve: Serve, tmp_path: Path
+) -> None:
     home = copy(authority, tmp_path)
     identity.issue_certificate(home, ["moved.example.org"])
     assert (home / "ca.pem").read_bytes() == (authority / "ca.pem").read_bytes()
@@ -338,7 +362,9 @@ def test_other_hosts_get_a_new_certificate_of_the_same_authority(authority: Path
 
 
 @pytest.mark.parametrize(("days", "kept"), [(31, True), (29, False), (-1, False)])
-def test_certificate_is_renewed_before_it_expires(authority: Path, tmp_path: Path, days: int, kept: bool) -> None:
+def test_certificate_is_renewed_before_it_expires(
+    authority: Path, tmp_path: Path, days: int, kept: bool
+) -> None:
     home = copy(authority, tmp_path)
     made = x509.load_pem_x509_certificate((home / "server.pem").read_bytes())
     issuer = serialization.load_pem_private_key((home / "ca.key").read_bytes(), None)
@@ -358,7 +384,8 @@ def test_certificate_is_renewed_before_it_expires(authority: Path, tmp_path: Pat
 def test_what_does_not_fit_together_is_made_again(
     authority: Path, stranger: Path, serve: Serve, tmp_path: Path, damage: str
 ) -> None:
-    """A kill between two files or a back-up of another day leaves certificates whose key or authority is another one."""
+    """A kill between two files or a back-up of another day leaves certificates whose key or authority is another
+    one."""
     home = copy(authority, tmp_path)
     shutil.copy(stranger / damage, home / damage)
     if damage == "ca.key":
@@ -378,14 +405,17 @@ def test_what_is_lost_is_made_again(authority: Path, serve: Serve, tmp_path: Pat
 def test_authority_without_its_key_is_named(authority: Path, tmp_path: Path) -> None:
     home = copy(authority, tmp_path)
     (home / "ca.key").unlink()
-    identity.issue_certificate(home, ["203.0.113.7", "fusion.example.org"])  # still good: the key may lie in a safe
+    identity.issue_certificate(
+        home, ["203.0.113.7", "fusion.example.org"]
+    )  # still good: the key may lie in a safe
     with pytest.raises(InputError) as caught:
         identity.issue_certificate(home, ["moved.example.org"])
     assert caught.value.code == "no-ca-key"
 
 
 @pytest.mark.parametrize(
-    "host", ["", "https://fusion.example.org", "fusion.example.org:9443", "[::1]", "a b", "*.org", "bücher.example"]
+    "host",
+    ["", "https://fusion.example.org", "fusion.example.org:9443", "[::1]", "a b", "*.org", "bücher.example"],
 )
 def test_what_is_no_host_is_refused(authority: Path, tmp_path: Path, host: str) -> None:
     home = copy(authority, tmp_path)
@@ -411,21 +441,29 @@ def test_digest_is_that_of_openssl(authority: Path) -> None:
         identity.certificate_digest(b"nothing")
 
 
-def test_authority_is_fetched_once_and_verifies_the_server(authority: Path, serve: Serve, tmp_path: Path) -> None:
+def test_authority_is_fetched_once_and_verifies_the_server(
+    authority: Path, serve: Serve, tmp_path: Path
+) -> None:
     server = serve(authority, (authority / "ca.pem").read_bytes())
     kept = identity.trust(server, tmp_path / "home", None, digest(authority))
     assert kept is not None
     shake_hands(server, kept, "localhost")
-    assert identity.trust("127.0.0.1:1", tmp_path / "home", None, digest(authority)) == kept  # nobody is asked again
+    assert (
+        identity.trust("127.0.0.1:1", tmp_path / "home", None, digest(authority)) == kept
+    )  # nobody is asked again
 
 
 def test_digest_with_colons_and_capitals_is_the_same(authority: Path, serve: Serve, tmp_path: Path) -> None:
     as_openssl = ":".join(digest(authority)[i : i + 2] for i in range(0, 64, 2)).upper()
     server = serve(authority, (authority / "ca.pem").read_bytes())
-    assert identity.trust(server, tmp_path, None, as_openssl) == identity.trust(server, tmp_path, None, digest(authority))
+    assert identity.trust(server, tmp_path, None, as_openssl) == identity.trust(
+        server, tmp_path, None, digest(authority)
+    )
 
 
-def test_another_authority_is_refused_and_not_kept(authority: Path, stranger: Path, serve: Serve, tmp_path: Path) -> None:
+def test_another_authority_is_refused_and_not_kept(
+    authority: Path, stranger: Path, serve: Serve, tmp_path: Path
+) -> None:
     server = serve(stranger, (stranger / "ca.pem").read_bytes())
     with pytest.raises(InputError, match="in between") as caught:
         identity.trust(server, tmp_path, None, digest(authority))
@@ -444,8 +482,12 @@ def test_authority_smuggled_in_behind_the_right_one_is_not_trusted(
         shake_hands(server, kept, "localhost")
 
 
-@pytest.mark.parametrize(("answer", "status"), [(b"", 200), (b"<html>", 200), (b'{"detail":"Not Found"}', 404)])
-def test_other_servers_are_refused(authority: Path, serve: Serve, tmp_path: Path, answer: bytes, status: int) -> None:
+@pytest.mark.parametrize(
+    ("answer", "status"), [(b"", 200), (b"<html>", 200), (b'{"detail":"Not Found"}', 404)]
+)
+def test_other_servers_are_refused(
+    authority: Path, serve: Serve, tmp_path: Path, answer: bytes, status: int
+) -> None:
     with pytest.raises(InputError, match="no DeepFusion server") as caught:
         identity.trust(serve(authority, answer, status), tmp_path, None, digest(authority))
     assert caught.value.code == "wrong-ca"

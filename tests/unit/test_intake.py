@@ -24,7 +24,9 @@ from deepfusion.uploads.intake import given_folders, survey
 IDS = torch.randint(1, 280, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
-def save_adapter(folder: Path, base: Path, settings: PeftConfig | None = None, named: str | None = None, seed: int = 0) -> Any:
+def save_adapter(
+    folder: Path, base: Path, settings: PeftConfig | None = None, named: str | None = None, seed: int = 0
+) -> Any:
     """An adapter as PEFT saves it after a training; returns the adapted model."""
     settings = settings or LoraConfig(r=3, lora_alpha=5, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
     adapted = get_peft_model(load_model(base), settings)
@@ -45,7 +47,9 @@ def kinds(folder: Path) -> dict[str, str]:
 
 def test_every_entry_is_a_model_or_named(tmp_path: Path) -> None:
     names = [
-        name for name in NASTY if name not in ("", ".", "..") and "/" not in name and len(name.encode("utf-8", "replace")) < 255
+        name
+        for name in NASTY
+        if name not in ("", ".", "..") and "/" not in name and len(name.encode("utf-8", "replace")) < 255
     ]
     for name in names:
         (tmp_path / name).mkdir()
@@ -75,9 +79,15 @@ def test_the_cache_of_the_hub_and_folders_of_a_training_hold_one_model_each(tmp_
     (cached / "refs" / "main").write_text("2" * 40)
     save_checkpoint(tmp_path / "trained" / "checkpoint-500")
     found = {model.id: model.folder for model in survey(tmp_path).models}
-    assert found == {"models--owner--name": cached / "snapshots" / ("2" * 40), "trained": tmp_path / "trained" / "checkpoint-500"}
+    assert found == {
+        "models--owner--name": cached / "snapshots" / ("2" * 40),
+        "trained": tmp_path / "trained" / "checkpoint-500",
+    }
     save_checkpoint(tmp_path / "trained" / "checkpoint-1000")
-    with pytest.raises(InputError, match=r"trained: it holds 2 models \(checkpoint-1000, checkpoint-500\).*\[several-models\]"):
+    with pytest.raises(
+        InputError,
+        match=r"trained: it holds 2 models \(checkpoint-1000, checkpoint-500\).*\[several-models\]",
+    ):
         survey(tmp_path)
     assert kinds(tmp_path / "trained") == {"checkpoint-1000": "checkpoint", "checkpoint-500": "checkpoint"}
     with pytest.raises(InputError, match=r"itself one model.*give the folder that holds it"):
@@ -87,7 +97,9 @@ def test_the_cache_of_the_hub_and_folders_of_a_training_hold_one_model_each(tmp_
 def test_one_model_is_not_a_folder_of_models(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "one")
     save_checkpoint(tmp_path / "one" / "checkpoint-5")
-    with pytest.raises(InputError, match=rf"itself one model.*give the folder that holds it: {tmp_path}.*\[no-uploads\]"):
+    with pytest.raises(
+        InputError, match=rf"itself one model.*give the folder that holds it: {tmp_path}.*\[no-uploads\]"
+    ):
         survey(tmp_path / "one")
     (tmp_path / "config.json").write_text("{}")  # a stray file makes no model of a folder of models
     assert kinds(tmp_path) == {"one": "checkpoint"}
@@ -99,7 +111,11 @@ def test_a_run_folder_gives_its_uploads_and_those_that_came_late(tmp_path: Path)
     save_upload(tmp_path / "late" / "d1")
     save_upload(tmp_path / "late" / "d0", seed=1)
     found = survey(*given_folders(tmp_path)).models
-    assert [(model.folder.parent.name, model.folder.name) for model in found] == [("uploads", "d0"), ("late", "d0"), ("late", "d1")]
+    assert [(model.folder.parent.name, model.folder.name) for model in found] == [
+        ("uploads", "d0"),
+        ("late", "d0"),
+        ("late", "d1"),
+    ]
     assert len({model.id for model in found}) == 3
 
 
@@ -126,11 +142,15 @@ def test_the_base_of_an_adapter_is_found(place: str, tmp_path: Path) -> None:
     assert found["tuned"] == base.resolve()
 
 
-def test_a_base_that_is_not_at_hand_is_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_that_is_not_at_hand_is_named_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     save_checkpoint(tmp_path / "base")
     save_adapter(tmp_path / "all" / "tuned", tmp_path / "base", named="somebody/base-7b")
-    with pytest.raises(InputError, match=r"all/tuned.*needs its base somebody/base-7b.*as base-7b.*\[adapter-base-missing\]"):
+    with pytest.raises(
+        InputError, match=r"all/tuned.*needs its base somebody/base-7b.*as base-7b.*\[adapter-base-missing\]"
+    ):
         survey(tmp_path / "all")
 
 
@@ -142,7 +162,9 @@ ADAPTERS: dict[str, PeftConfig] = {
     "ranks and alphas by layer": LoraConfig(**LORA, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 9}),
     "head and embeddings of its own": LoraConfig(**LORA, modules_to_save=["lm_head", "embed_tokens"]),
     "pissa": LoraConfig(**LORA, init_lora_weights="pissa"),
-    "ia3": IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "ia3": IA3Config(
+        task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
     "adalora": AdaLoraConfig(**LORA, total_step=10),
 }
 
@@ -162,7 +184,9 @@ def test_an_adapter_is_merged_into_what_it_computes(kind: str, tmp_path: Path) -
 
 def test_trained_biases_come_along(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "base", "gpt2")
-    settings = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["c_attn"], bias="all", fan_in_fan_out=True)
+    settings = LoraConfig(
+        r=2, task_type="CAUSAL_LM", target_modules=["c_attn"], bias="all", fan_in_fan_out=True
+    )
     adapted = save_adapter(tmp_path / "adapter", tmp_path / "base", settings)
     merged = merged_model(tmp_path / "adapter", tmp_path / "base")
     torch.testing.assert_close(merged(IDS).logits, adapted(IDS).logits, rtol=1e-3, atol=1e-4)
@@ -185,9 +209,13 @@ def test_tokens_that_came_with_an_adapter_get_their_embeddings(tmp_path: Path) -
 
 def test_a_tied_head_that_was_trained_apart_is_untied(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "base", "llama", tie_word_embeddings=True)
-    apart = save_adapter(tmp_path / "apart", tmp_path / "base", LoraConfig(**LORA, modules_to_save=["lm_head"]))
+    apart = save_adapter(
+        tmp_path / "apart", tmp_path / "base", LoraConfig(**LORA, modules_to_save=["lm_head"])
+    )
     merged_model(tmp_path / "apart", tmp_path / "base").save_pretrained(tmp_path / "out")
-    torch.testing.assert_close(load_model(tmp_path / "out")(IDS).logits, apart(IDS).logits, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        load_model(tmp_path / "out")(IDS).logits, apart(IDS).logits, rtol=1e-3, atol=1e-4
+    )
 
 
 def test_a_tied_head_that_was_adapted_apart_is_merged_right_or_refused(tmp_path: Path) -> None:
@@ -200,7 +228,9 @@ def test_a_tied_head_that_was_adapted_apart_is_merged_right_or_refused(tmp_path:
         assert error.code == "adapter-differs"  # noqa: PT017
         return
     merged.save_pretrained(tmp_path / "out")
-    torch.testing.assert_close(load_model(tmp_path / "out")(IDS).logits, apart(IDS).logits, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        load_model(tmp_path / "out")(IDS).logits, apart(IDS).logits, rtol=1e-3, atol=1e-4
+    )
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -224,14 +254,20 @@ def _set(**changes: Any) -> Callable[[Path], None]:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
-    "pickled": (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), r"pickled.*\[weights-missing\]"),
+    "pickled": (
+        lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
+        r"pickled.*\[weights-missing\]",
+    ),
     "another task": (_set(task_type="SEQ_CLS"), r"SEQ_CLS.*\[bad-adapter-config\]"),
     "no merge": (_set(peft_type="PREFIX_TUNING"), r"PREFIX_TUNING.*cannot be merged.*\[bad-adapter-config\]"),
     "unheard of": (_set(peft_type="MAGIC"), r"MAGIC.*\[bad-adapter-config\]"),
     "code": (_set(megatron_config={"x": 1}), r"megatron_config.*\[bad-adapter-config\]"),
     "no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), r"\[bad-json\]"),
     "no base": (_set(base_model_name_or_path=None), r"names none.*\[adapter-base-missing\]"),
-    "another revision": (_set(base_model_name_or_path="a/b", revision="v2"), r"revision v2.*\[adapter-base-missing\]"),
+    "another revision": (
+        _set(base_model_name_or_path="a/b", revision="v2"),
+        r"revision v2.*\[adapter-base-missing\]",
+    ),
 }
 
 
@@ -247,6 +283,10 @@ def test_an_adapter_that_cannot_be_merged_is_refused_before_any_work(case: str, 
 
 def test_prompts_are_no_weights(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "base", "llama")
-    save_adapter(tmp_path / "all" / "tuned", tmp_path / "base", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    save_adapter(
+        tmp_path / "all" / "tuned",
+        tmp_path / "base",
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    )
     with pytest.raises(InputError, match=r"PROMPT_TUNING, which cannot be merged"):
         survey(tmp_path / "all")

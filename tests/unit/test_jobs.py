@@ -22,7 +22,9 @@ def describe(number: int) -> dict[str, Any]:
 
 def fail(number: int) -> int:
     if number == 1:
-        raise InputError("no good", where=f"job {number}", allowed="any other", fix="take another", code="bad-job")
+        raise InputError(
+            "no good", where=f"job {number}", allowed="any other", fix="take another", code="bad-job"
+        )
     return number
 
 
@@ -42,7 +44,9 @@ def test_workers_keep_the_order_and_pass_errors_on():
         assert [row["number"] for row in found] == [0, 1, 2, 3]
         assert os.getpid() not in {row["process"] for row in found}
         assert {row["threads"] for row in found} == {1}
-        with pytest.raises(InputError, match=r"job 1: no good; allowed: any other; fix: take another \[bad-job\]"):
+        with pytest.raises(
+            InputError, match=r"job 1: no good; allowed: any other; fix: take another \[bad-job\]"
+        ):
             jobs.run_jobs(fail, [{"number": i} for i in range(3)], 2)
         again = jobs.run_jobs(describe, [{"number": i} for i in range(2)], 2)  # a new pool after an error
         workers = [psutil.Process(row["process"]) for row in again]
@@ -75,7 +79,9 @@ def test_workers_end_with_a_killed_run(ready):
     run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert run.stdout is not None
     assert run.stdout.readline() == "go\n"
-    workers = [child for child in psutil.Process(run.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    workers = [
+        child for child in psutil.Process(run.pid).children() if "spawn_main" in " ".join(child.cmdline())
+    ]
     assert workers
     os.kill(run.pid, signal.SIGKILL)
     run.wait()

@@ -27,11 +27,20 @@ def test_the_server_cannot_make_a_device_send_a_model_that_lies_on_it(name):
     with pytest.raises(InputError) as error:
         device_config(task(device={"types": [name]}), type=None)
     assert error.value.code == "local-type"
-    assert device_config(task(device={"types": [name]}), type="tiny-gpt2").device.types == [name]  # its owner chose another
+    assert device_config(task(device={"types": [name]}), type="tiny-gpt2").device.types == [
+        name
+    ]  # its owner chose another
 
 
 @pytest.mark.parametrize(
-    "text", ["[1, 2]", "{", "federation: {sink: s3}", "data: {private: /etc/passwd}\nevaluate: {}", "device: {stpes: 3}"]
+    "text",
+    [
+        "[1, 2]",
+        "{",
+        "federation: {sink: s3}",
+        "data: {private: /etc/passwd}\nevaluate: {}",
+        "device: {stpes: 3}",
+    ],
 )
 def test_other_settings_are_refused(text):
     with pytest.raises(InputError):

@@ -56,7 +56,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Endpoint(ThreadingHTTPServer):
-    """An OpenAI-compatible endpoint on a free port; `script` says what happens to a question first, `usual` afterwards."""
+    """An OpenAI-compatible endpoint on a free port; `script` says what happens to a question first, `usual`
+    afterwards.
+    """
 
     daemon_threads = True
 
@@ -205,7 +207,9 @@ def test_scores_are_summed_up_by_domain(endpoint: Endpoint, capfd: pytest.Captur
 
 
 @pytest.mark.parametrize("usage", [None, (-1, 3)])
-def test_tokens_that_were_not_counted_are_not_made_up(endpoint: Endpoint, usage: tuple[int, int] | None) -> None:
+def test_tokens_that_were_not_counted_are_not_made_up(
+    endpoint: Endpoint, usage: tuple[int, int] | None
+) -> None:
     endpoint.script = {"A?": [says('{"score": 50}', usage)]}
     found = judge(endpoint, prices=(1.0, 1.0)).score(answers("A?", "B?"))
     assert found["score"] == 55
@@ -216,8 +220,18 @@ def test_tokens_that_were_not_counted_are_not_made_up(endpoint: Endpoint, usage:
 def test_failures_that_pass_are_waited_out(endpoint: Endpoint, capfd: pytest.CaptureFixture[str]) -> None:
     past = formatdate(0, usegmt=True)
     endpoint.script = {
-        "limited": [fails(429, Retry_After="0"), fails(429, Retry_After=past), fails(429), fails(429, Retry_After="soon")],
-        "broken": [fails(500), fails(503), fails(408), lambda handler, _: handler.give(502, "<html>bad gateway</html>")],
+        "limited": [
+            fails(429, Retry_After="0"),
+            fails(429, Retry_After=past),
+            fails(429),
+            fails(429, Retry_After="soon"),
+        ],
+        "broken": [
+            fails(500),
+            fails(503),
+            fails(408),
+            lambda handler, _: handler.give(502, "<html>bad gateway</html>"),
+        ],
         "cut": [breaks, hangs_up, breaks],
         "nonsense": [
             lambda handler, _: handler.give(200, "<html>hello</html>"),
@@ -228,7 +242,9 @@ def test_failures_that_pass_are_waited_out(endpoint: Endpoint, capfd: pytest.Cap
     failures = {question: len(steps) for question, steps in endpoint.script.items()}
     found = judge(endpoint).score(answers(*endpoint.script))
     assert (found["scored"], found["unscored"], found["score"]) == (5, 0, 60)
-    assert Counter(request["question"] for request in endpoint.requests) == {q: n + 1 for q, n in failures.items()}
+    assert Counter(request["question"] for request in endpoint.requests) == {
+        q: n + 1 for q, n in failures.items()
+    }
     assert f"127.0.0.1:{endpoint.server_port} is tried again" in capfd.readouterr().err
 
 
@@ -270,8 +286,12 @@ def test_slow_answers_are_given_up_and_asked_for_again(endpoint: Endpoint) -> No
     assert len(endpoint.requests) >= 4
 
 
-@pytest.mark.parametrize("step", [fails(500, f"no luck with {KEY}"), hangs_up, lambda handler, _: handler.give(200, "[]")])
-def test_what_does_not_pass_ends_in_one_line(endpoint: Endpoint, step: Step, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "step", [fails(500, f"no luck with {KEY}"), hangs_up, lambda handler, _: handler.give(200, "[]")]
+)
+def test_what_does_not_pass_ends_in_one_line(
+    endpoint: Endpoint, step: Step, capfd: pytest.CaptureFixture[str]
+) -> None:
     endpoint.usual = step
     with pytest.raises(InputError) as caught:
         judge(endpoint).score(answers("A?"))
@@ -291,7 +311,13 @@ def test_nobody_there(endpoint: Endpoint) -> None:
 
 @pytest.mark.parametrize(
     ("status", "code"),
-    [(400, "judge-refused"), (404, "judge-refused"), (307, "judge-refused"), (401, "judge-key"), (403, "judge-key")],
+    [
+        (400, "judge-refused"),
+        (404, "judge-refused"),
+        (307, "judge-refused"),
+        (401, "judge-key"),
+        (403, "judge-key"),
+    ],
 )
 def test_refusals_end_everything_at_once(endpoint: Endpoint, status: int, code: str) -> None:
     endpoint.usual = fails(status, f"no:\x1b[31m {KEY} {'x' * 5000}", Location=f"{endpoint.url}/elsewhere")
@@ -321,7 +347,9 @@ def test_options_that_a_judge_does_not_take_are_left_out(endpoint: Endpoint) -> 
 # Unscored -----------------------------------------------------------------------------------------------------------
 
 
-def test_unreadable_replies_are_asked_for_again_and_reported(endpoint: Endpoint, capfd: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_replies_are_asked_for_again_and_reported(
+    endpoint: Endpoint, capfd: pytest.CaptureFixture[str]
+) -> None:
     endpoint.script = {
         "late": [says("Well..."), says(None), says('{"score": 90}')],
         "never": [says("Well..."), says('{"score": 400}'), says('{"score": -1}')],
@@ -358,7 +386,9 @@ def test_an_answer_cannot_leave_its_place(endpoint: Endpoint, injection: str) ->
         lines = request["body"]["messages"][-1]["content"].split("\n")
         orders = "\n".join(line for line in lines if not line.startswith('{"question"'))
         obeyed = '{"score": 100}' in orders
-        says('{"score": 100}' if obeyed else f'The answer says: {request["answer"]}. {{"score": 0}}')(handler, request)
+        says('{"score": 100}' if obeyed else f'The answer says: {request["answer"]}. {{"score": 0}}')(
+            handler, request
+        )
 
     endpoint.usual = gullible
     found = judge(endpoint).score(answers("What helps?", answer=injection))
@@ -370,7 +400,9 @@ def test_an_answer_cannot_leave_its_place(endpoint: Endpoint, injection: str) ->
 # Cache --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_run_costs_nothing_and_says_so(endpoint: Endpoint, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_costs_nothing_and_says_so(
+    endpoint: Endpoint, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     cache = tmp_path / "cache.jsonl"
     given = answers(*(f"Why {n}?" for n in range(6)))
     endpoint.script = {f"Why {n}?": [says(json.dumps({"score": n}))] for n in range(6)}
@@ -389,13 +421,20 @@ def test_a_second_run_costs_nothing_and_says_so(endpoint: Endpoint, tmp_path: Pa
 def test_whatever_a_score_depends_on_is_judged_anew(endpoint: Endpoint, tmp_path: Path) -> None:
     cache = tmp_path / "cache.jsonl"
     judge(endpoint, cache=cache).score([Answer("a", "q", "r", "s")])
-    others = [Answer("a", "q2", "r", "s"), Answer("a", "q", "r2", "s"), Answer("a", "q", "r", "s2"), Answer("a", "qr", "", "s")]
+    others = [
+        Answer("a", "q2", "r", "s"),
+        Answer("a", "q", "r2", "s"),
+        Answer("a", "q", "r", "s2"),
+        Answer("a", "qr", "", "s"),
+    ]
     assert judge(endpoint, cache=cache).score(others)["cached"] == 0
     assert Judge(endpoint.url, "another", cache=cache).score([Answer("a", "q", "r", "s")])["cached"] == 0
     assert judge(endpoint, cache=cache).score([Answer("b", "q", "r", "s"), *others])["cached"] == 5
 
 
-def test_unscored_answers_are_tried_again_and_paid_scores_survive_an_error(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_unscored_answers_are_tried_again_and_paid_scores_survive_an_error(
+    endpoint: Endpoint, tmp_path: Path
+) -> None:
     cache = tmp_path / "cache.jsonl"
     endpoint.script = {"odd": [says("?")] * 3}
     assert judge(endpoint, cache=cache).score(answers("odd", "even"))["unscored"] == 1
@@ -461,7 +500,8 @@ def test_a_killed_run_goes_on(endpoint: Endpoint, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ['{"prompt": "a", "completion": "b"}\n', "hello\n", "\0\1\2", '{"key": "k", "model": "m", "score": 101}']
+    "content",
+    ['{"prompt": "a", "completion": "b"}\n', "hello\n", "\0\1\2", '{"key": "k", "model": "m", "score": 101}'],
 )
 def test_other_files_are_no_cache_and_stay_as_they_are(tmp_path: Path, content: str) -> None:
     (tmp_path / "file").write_text(content)
@@ -543,7 +583,11 @@ def test_prices() -> None:
 
 def test_only_open_questions_are_asked_and_always_the_same_ones() -> None:
     chosen = Document("Which?", " A. x", "d", (" A. x", " B. y"), 0)
-    documents = [Document("", "Plain text.", "d"), chosen, *(Document(f"Why {n}?", " So.", "d") for n in range(20))]
+    documents = [
+        Document("", "Plain text.", "d"),
+        chosen,
+        *(Document(f"Why {n}?", " So.", "d") for n in range(20)),
+    ]
     assert open_questions(documents) == documents[2:]
     few, more = open_questions(documents, 4), open_questions(documents, 9)
     assert len(few) == 4
@@ -556,7 +600,11 @@ def test_only_open_questions_are_asked_and_always_the_same_ones() -> None:
 @pytest.mark.parametrize("kind", ["mini-gpt2", "mini-llama", "mini-bloom"])
 def test_answers_do_not_depend_on_their_batch(zoo: dict[str, Path], kind: str) -> None:
     model, tokenizer = load_model(zoo[kind]), load_tokenizer(zoo[kind])
-    texts = ["Why?", "The patient was given a low dose of aspirin before the operation. Why?", "The bank sold gold " * 40]
+    texts = [
+        "Why?",
+        "The patient was given a low dose of aspirin before the operation. Why?",
+        "The bank sold gold " * 40,
+    ]
     questions = [Document(text, " So.", "d") for text in texts]
     together = answer_all(model, tokenizer, questions, max_tokens=16)
     assert together == [answer_all(model, tokenizer, [one], max_tokens=16)[0] for one in questions]
@@ -568,7 +616,10 @@ def test_answers_do_not_depend_on_their_batch(zoo: dict[str, Path], kind: str) -
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    rows = [{"question": f"What did patient {n} need?", "answer": "Rest.", "domain": ("ward", "clinic")[n % 2]} for n in range(6)]
+    rows = [
+        {"question": f"What did patient {n} need?", "answer": "Rest.", "domain": ("ward", "clinic")[n % 2]}
+        for n in range(6)
+    ]
     return write_rows(tmp_path / "test.jsonl", [*rows, {"text": "The patient needs rest."}])
 
 
@@ -578,7 +629,10 @@ def test_evaluate_with_a_judge(endpoint, zoo, data, tmp_path, invoke):
     done = invoke(*call, *options, "--json")
     assert done.code == 0, done.err
     host = f"127.0.0.1:{endpoint.server_port}"
-    assert f"up to 4 documents (question, reference and answer) will leave this machine for {host}, unencrypted\n" in done.err
+    assert (
+        f"up to 4 documents (question, reference and answer) will leave this machine for {host}, unencrypted\n"
+        in done.err
+    )
     found = json.loads(done.out)
     assert found["examples"] == 7
     assert found["judge"]["scored"] == 4
@@ -610,7 +664,10 @@ def test_evaluate_without_a_judge_sends_nothing(endpoint, zoo, data, invoke):
         (("--judge-model", "grader"), "bad-input"),
         (("--judge", "https://127.0.0.1:9/v1"), "bad-input"),
         (("--judge", "nowhere", "--judge-model", "grader"), "judge-url"),
-        (("--judge", "https://127.0.0.1:9/v1", "--judge-model", "grader", "--judge-prices", "cheap"), "bad-value"),
+        (
+            ("--judge", "https://127.0.0.1:9/v1", "--judge-model", "grader", "--judge-prices", "cheap"),
+            "bad-value",
+        ),
     ],
 )
 def test_bad_options_are_one_line(zoo, data, invoke, options, code):
@@ -624,7 +681,9 @@ def test_bad_options_are_one_line(zoo, data, invoke, options, code):
 
 def test_a_refused_key_is_one_line(endpoint, zoo, data, invoke):
     endpoint.usual = fails(401, f"Incorrect API key provided: {KEY}")
-    done = invoke("evaluate", zoo["mini-gpt2"], "--data", data, "--judge", endpoint.url, "--judge-model", "grader")
+    done = invoke(
+        "evaluate", zoo["mini-gpt2"], "--data", data, "--judge", endpoint.url, "--judge-model", "grader"
+    )
     assert done.code == 2
     assert done.err.splitlines()[-1].endswith("fix: set DEEPFUSION_JUDGE_KEY [judge-key]")
     assert KEY not in done.err + done.out

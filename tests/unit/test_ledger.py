@@ -40,7 +40,9 @@ def offers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Offer]:
 @pytest.fixture(scope="module")
 def second(tmp_path_factory: pytest.TempPathFactory) -> Offer:
     """Another offer of the device clinic."""
-    return read_offer(make_upload(tmp_path_factory.mktemp("second") / "clinic", {"model.safetensors": b"other weights"}))
+    return read_offer(
+        make_upload(tmp_path_factory.mktemp("second") / "clinic", {"model.safetensors": b"other weights"})
+    )
 
 
 def row(ledger: Ledger, device: str = "clinic") -> Row:
@@ -82,7 +84,9 @@ def test_ticket_is_for_one_offer_of_one_device(ledger: Ledger, offers: dict[str,
 
 
 @given(st.text())
-def test_what_was_never_issued_is_no_ticket(tmp_path_factory: pytest.TempPathFactory, offers: dict[str, Offer], text: str) -> None:
+def test_what_was_never_issued_is_no_ticket(
+    tmp_path_factory: pytest.TempPathFactory, offers: dict[str, Offer], text: str
+) -> None:
     ledger = Ledger(tmp_path_factory.getbasetemp() / "tickets")
     ticket = ledger.issue(offers["clinic"])
     assert ledger.ticket(text) is None
@@ -90,7 +94,9 @@ def test_what_was_never_issued_is_no_ticket(tmp_path_factory: pytest.TempPathFac
     assert ledger.ticket(ticket.swapcase()) is None
 
 
-def test_new_ticket_makes_the_old_one_worthless(ledger: Ledger, offers: dict[str, Offer], second: Offer) -> None:
+def test_new_ticket_makes_the_old_one_worthless(
+    ledger: Ledger, offers: dict[str, Offer], second: Offer
+) -> None:
     first, other = ledger.issue(offers["clinic"]), ledger.issue(offers["bank"])
     new = ledger.issue(second)
     assert ledger.ticket(first) == Ticket("clinic", offers["clinic"].digest, spent=True)
@@ -110,7 +116,9 @@ def test_tickets_stand_in_no_file(ledger: Ledger, offers: dict[str, Offer], seco
     ledger.finish("clinic", RECEIPT)
     ledger.audit("granted", device="clinic", peer="127.0.0.1")
     files = [path.read_bytes() for path in ledger.path.parent.iterdir()]
-    assert any(offers["bank"].digest.encode() in content for content in files)  # this search finds what is there
+    assert any(
+        offers["bank"].digest.encode() in content for content in files
+    )  # this search finds what is there
     assert [ticket for ticket in tickets if any(ticket.encode() in content for content in files)] == []
 
 
@@ -131,7 +139,13 @@ def test_device_appears_with_its_first_news(ledger: Ledger) -> None:
     ledger.set_state("clinic", "training", "step 3")
     ledger.count("bank", control_up=10)
     found = row(ledger)
-    assert (found.state, found.detail, found.seen, found.offer, found.receipt) == ("training", "step 3", None, None, None)
+    assert (found.state, found.detail, found.seen, found.offer, found.receipt) == (
+        "training",
+        "step 3",
+        None,
+        None,
+        None,
+    )
     assert before <= found.changed <= time.time()
     assert list(ledger.devices()) == ["bank", "clinic"]
     assert row(ledger, "bank").state == "enrolled"
@@ -149,7 +163,9 @@ def test_same_news_again_are_no_change(ledger: Ledger) -> None:
 
 @pytest.mark.parametrize("closed", [False, True])
 @pytest.mark.parametrize("news", ["connected", "training", "uploading", "rejected"])
-def test_what_has_handed_in_stays_so(ledger: Ledger, offers: dict[str, Offer], closed: bool, news: State) -> None:
+def test_what_has_handed_in_stays_so(
+    ledger: Ledger, offers: dict[str, Offer], closed: bool, news: State
+) -> None:
     ledger.issue(offers["clinic"])
     if closed:
         ledger.close()
@@ -172,7 +188,9 @@ def test_receipt_is_given_once_and_again(ledger: Ledger, offers: dict[str, Offer
     first = ledger.finish("clinic", RECEIPT)
     assert first == {**RECEIPT, "state": "done"}
     ledger.close()
-    assert ledger.finish("clinic", {**RECEIPT, "files": 5}) == first  # also where the answer was lost, and the run has begun
+    assert (
+        ledger.finish("clinic", {**RECEIPT, "files": 5}) == first
+    )  # also where the answer was lost, and the run has begun
     assert row(ledger).receipt == first
     assert row(ledger).received == row(ledger).size == offers["clinic"].size
 
@@ -185,7 +203,10 @@ def test_receipt_after_close_says_late(run: Path, ledger: Ledger, offers: dict[s
     ledger.close()
     assert Ledger(run).closed
     assert ledger.finish("clinic", RECEIPT)["state"] == "late"
-    assert {name: found.state for name, found in ledger.devices().items()} == {"bank": "done", "clinic": "late"}
+    assert {name: found.state for name, found in ledger.devices().items()} == {
+        "bank": "done",
+        "clinic": "late",
+    }
 
 
 def test_first_value_of_a_fact_stays(ledger: Ledger) -> None:
@@ -195,7 +216,9 @@ def test_first_value_of_a_fact_stays(ledger: Ledger) -> None:
     assert ledger.recall("began") == "1"
 
 
-def test_receipts_at_the_moment_of_closing_agree_with_the_ledger(run: Path, ledger: Ledger, offers: dict[str, Offer]) -> None:
+def test_receipts_at_the_moment_of_closing_agree_with_the_ledger(
+    run: Path, ledger: Ledger, offers: dict[str, Offer]
+) -> None:
     """Whoever was told done is among the done when the run closes: no upload falls between the two."""
     ledger.issue(offers["clinic"])
     ledger.issue(offers["bank"])
@@ -206,7 +229,9 @@ def test_receipts_at_the_moment_of_closing_agree_with_the_ledger(run: Path, ledg
     outputs = [process.communicate(timeout=60)[0].strip() for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
     receipts = {device: row(ledger, device).receipt or {} for device in offers}
-    assert sorted(outputs[1].split()) == [device for device, receipt in receipts.items() if receipt["state"] == "done"]
+    assert sorted(outputs[1].split()) == [
+        device for device, receipt in receipts.items() if receipt["state"] == "done"
+    ]
 
 
 # Several processes
@@ -222,13 +247,19 @@ def test_bytes_of_several_processes_add_up(run: Path) -> None:
     )
     processes = [start(run, code, str(number)) for number in range(3)]
     go(processes)
-    assert [(process.communicate(timeout=60)[0], process.returncode) for process in processes] == [("", 0)] * 3
+    assert [(process.communicate(timeout=60)[0], process.returncode) for process in processes] == [
+        ("", 0)
+    ] * 3
     ledger = Ledger(run)
     found = row(ledger)
     assert (found.up, found.down, found.control_up, found.control_down) == (3 * sum(range(25)), 75, 150, 225)
-    assert {name: other.up for name, other in ledger.devices().items() if name != "clinic"} == {f"d{i}": 25 for i in range(3)}
+    assert {name: other.up for name, other in ledger.devices().items() if name != "clinic"} == {
+        f"d{i}": 25 for i in range(3)
+    }
     lines = [json.loads(line) for line in ledger.audit_path.read_text("utf-8").splitlines()]
-    assert sorted((line["writer"], line["number"]) for line in lines) == sorted((str(w), n) for w in range(3) for n in range(25))
+    assert sorted((line["writer"], line["number"]) for line in lines) == sorted(
+        (str(w), n) for w in range(3) for n in range(25)
+    )
 
 
 def test_killed_process_leaves_whole_entries(run: Path, ledger: Ledger, offers: dict[str, Offer]) -> None:
@@ -252,7 +283,12 @@ def test_killed_process_leaves_whole_entries(run: Path, ledger: Ledger, offers: 
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.text(), st.none() | st.text(), st.none() | st.text(), st.dictionaries(st.sampled_from(["code", "key"]), st.text()))
+@given(
+    st.text(),
+    st.none() | st.text(),
+    st.none() | st.text(),
+    st.dictionaries(st.sampled_from(["code", "key"]), st.text()),
+)
 def test_audit_line_is_one_json_object(
     ledger: Ledger, event: str, device: str | None, peer: str | None, facts: dict[str, str]
 ) -> None:

@@ -28,7 +28,9 @@ def identical(size: int) -> SharedVocabulary:
     return SharedVocabulary(torch.arange(size), torch.arange(size), identical=True)
 
 
-def case(seed: int, scale: float = 1.0) -> tuple[Projection, Projection, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def case(
+    seed: int, scale: float = 1.0
+) -> tuple[Projection, Projection, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Student, teacher, positions, targets, weights, teacher positions."""
     g = torch.Generator().manual_seed(seed)
     student = Projection(
@@ -37,7 +39,8 @@ def case(seed: int, scale: float = 1.0) -> tuple[Projection, Projection, torch.T
         torch.randn(VOCAB, generator=g).requires_grad_(),
     )
     teacher = Projection(
-        torch.randn(3, 15, 12, generator=g), (scale * torch.randn(TEACHER_VOCAB, 12, generator=g)).requires_grad_()
+        torch.randn(3, 15, 12, generator=g),
+        (scale * torch.randn(TEACHER_VOCAB, 12, generator=g)).requires_grad_(),
     )
     positions = torch.randperm(60, generator=g)[:N].sort().values
     targets = torch.randint(VOCAB, (N,), generator=g)
@@ -49,7 +52,8 @@ def case(seed: int, scale: float = 1.0) -> tuple[Projection, Projection, torch.T
 def shared(seed: int, size: int = 30) -> SharedVocabulary:
     g = torch.Generator().manual_seed(seed)
     return SharedVocabulary(
-        torch.randperm(VOCAB, generator=g)[:size].sort().values, torch.randperm(TEACHER_VOCAB, generator=g)[:size]
+        torch.randperm(VOCAB, generator=g)[:size].sort().values,
+        torch.randperm(TEACHER_VOCAB, generator=g)[:size],
     )
 
 
@@ -66,7 +70,10 @@ def naive(seed: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor, to
     both = at >= 0
     teacher_logits = (teacher.hidden.flatten(0, 1) @ teacher.weight.T)[at[both]].detach()
     ids = shared(seed)
-    p, q = dense(teacher_logits / temperature, ids.teacher_ids), dense(logits[both] / temperature, ids.student_ids)
+    p, q = (
+        dense(teacher_logits / temperature, ids.teacher_ids),
+        dense(logits[both] / temperature, ids.student_ids),
+    )
     kl = ((p * (p.log() - q.log())).sum(-1) * weights[both]).sum() / weights[both].sum() * temperature**2
     accuracy = ((logits.argmax(-1) == targets) * weights).sum() / weights.sum()
     return ce, kl.float(), accuracy, student
@@ -109,9 +116,13 @@ def test_same_tokenizer_gives_the_plain_kl_without_padded_columns() -> None:
     losses = cross_entropy_and_kl(
         student, positions, targets, torch.ones(N), comparison=Comparison(teacher, at, identical(true_size))
     )
-    log_p = (student.hidden.flatten(0, 1) @ student.weight.T + student.bias)[positions, :true_size].log_softmax(-1)
+    log_p = (student.hidden.flatten(0, 1) @ student.weight.T + student.bias)[
+        positions, :true_size
+    ].log_softmax(-1)
     log_q = (teacher.hidden.flatten(0, 1) @ teacher.weight.T)[at, :true_size].log_softmax(-1)
-    assert torch.allclose(losses.kl, F.kl_div(log_p, log_q, log_target=True, reduction="batchmean"), atol=1e-5)
+    assert torch.allclose(
+        losses.kl, F.kl_div(log_p, log_q, log_target=True, reduction="batchmean"), atol=1e-5
+    )
 
 
 def test_peak_memory_does_not_grow_with_the_number_of_positions() -> None:
@@ -172,9 +183,13 @@ def test_kl_is_never_negative_nor_nan(seed: int, size: int, scale: float, temper
 @pytest.mark.parametrize("size", [10, VOCAB])
 def test_kl_of_a_model_with_itself_under_another_numbering_is_zero(size: int, scale: float) -> None:
     student, _, positions, targets, weights, _ = case(5, scale)
-    renumbered = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0))  # teacher id of each student id
+    renumbered = torch.randperm(
+        VOCAB, generator=torch.Generator().manual_seed(0)
+    )  # teacher id of each student id
     order = renumbered.argsort()
-    teacher = Projection(student.hidden.detach(), student.weight.detach()[order], student.bias.detach()[order])
+    teacher = Projection(
+        student.hidden.detach(), student.weight.detach()[order], student.bias.detach()[order]
+    )
     ids = torch.arange(VOCAB)[:size]
     comparison = Comparison(teacher, positions, SharedVocabulary(ids, renumbered[ids]))
     losses = cross_entropy_and_kl(student, positions, targets, weights, comparison=comparison)
@@ -191,12 +206,16 @@ def test_bucket_holds_the_mass_of_all_unshared_tokens() -> None:
         teacher = Projection(torch.ones(1, 1), torch.tensor([[0.0], [0.0]]))
         ids = SharedVocabulary(torch.tensor([0]), torch.tensor([0]))
         one = torch.zeros(1, dtype=torch.long)
-        return cross_entropy_and_kl(student, one, one, torch.ones(1), comparison=Comparison(teacher, one, ids)).kl
+        return cross_entropy_and_kl(
+            student, one, one, torch.ones(1), comparison=Comparison(teacher, one, ids)
+        ).kl
 
     half = float(np.log(0.5))
     assert kl([half, half], 0.0).abs() < 1e-6
     assert torch.allclose(kl([float(np.log(0.9)), float(np.log(0.1))], 0.0), kl([half, half], 0.0), atol=1e-6)
-    assert torch.allclose(kl([half, half], float(np.log(3))), torch.tensor(0.5 * np.log(4 / 3)).float(), atol=1e-6)
+    assert torch.allclose(
+        kl([half, half], float(np.log(3))), torch.tensor(0.5 * np.log(4 / 3)).float(), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("compare", [True, False])
@@ -244,7 +263,9 @@ def test_chunk_likelihood_is_the_binary_kl_of_products(seed: int, temperature: f
 
 @pytest.mark.parametrize("student_p", [0.0, -1e-9, -1e-3, -200.0])
 @pytest.mark.parametrize("teacher_p", [0.0, -1e-9, -1e-3, -200.0])
-def test_chunk_likelihood_is_finite_for_certain_and_impossible_chunks(student_p: float, teacher_p: float) -> None:
+def test_chunk_likelihood_is_finite_for_certain_and_impossible_chunks(
+    student_p: float, teacher_p: float
+) -> None:
     alignments, weights = two_documents()
     batch = collate(alignments, weights, 6, 6)
     student = torch.full((len(batch.student_index),), student_p, requires_grad=True)
@@ -260,7 +281,9 @@ def test_all_losses_of_a_batch() -> None:
     alignments, weights = two_documents()
     batch = collate(alignments, weights, 6, 6)
     g = torch.Generator().manual_seed(0)
-    student = Projection(torch.randn(2, 6, WIDTH, generator=g).requires_grad_(), torch.randn(VOCAB, WIDTH, generator=g))
+    student = Projection(
+        torch.randn(2, 6, WIDTH, generator=g).requires_grad_(), torch.randn(VOCAB, WIDTH, generator=g)
+    )
     teacher = Projection(torch.randn(2, 6, 12, generator=g), torch.randn(TEACHER_VOCAB, 12, generator=g))
     student_ids = torch.randint(VOCAB, (2, 6), generator=g)
     teacher_ids = torch.randint(TEACHER_VOCAB, (2, 6), generator=g)

@@ -24,7 +24,13 @@ from deepfusion.text.rows import Document
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 
 WORDS = ["<unk>", "a", "dose", "bond", "helps", "pays", "now", "."]
-SIZES = {"vocab_size": 8, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {
+    "vocab_size": 8,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 def config(**changes: object) -> Config:
@@ -40,7 +46,9 @@ def inputs(tmp_path) -> dict[str, Path]:
     for number in range(3):
         torch.manual_seed(number)
         folder = tmp_path / "bases" / str(number)
-        model = AutoModelForCausalLM.from_config(Qwen2Config(**SIZES, num_key_value_heads=2, bos_token_id=1, eos_token_id=7))
+        model = AutoModelForCausalLM.from_config(
+            Qwen2Config(**SIZES, num_key_value_heads=2, bos_token_id=1, eos_token_id=7)
+        )
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         save_file({"prototype": torch.randn(2, 32)}, folder / "prototype.safetensors")
@@ -55,7 +63,11 @@ def test_merged_folder_is_a_plain_checkpoint(inputs, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(merged)
     tokenizer = AutoTokenizer.from_pretrained(merged)
     assert model.config.model_type == "qwen2_moe"
-    assert (summary["experts"], summary["top_k"]) == (model.config.num_experts, model.config.num_experts_per_tok) == (6, 4)
+    assert (
+        (summary["experts"], summary["top_k"])
+        == (model.config.num_experts, model.config.num_experts_per_tok)
+        == (6, 4)
+    )
     assert summary["total_parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert summary["active_parameters"] == summary["total_parameters"] - 2 * 3 * 32 * 16
     prompt = tokenizer("a dose helps", return_tensors="pt")
@@ -66,7 +78,9 @@ def test_merged_folder_is_a_plain_checkpoint(inputs, tmp_path):
 
 
 def test_same_seed_gives_the_same_bytes_and_another_seed_another_router(inputs, tmp_path):
-    digests = [run(config(seed=seed), inputs, tmp_path / str(i))["digest"] for i, seed in enumerate([1, 1, 2])]
+    digests = [
+        run(config(seed=seed), inputs, tmp_path / str(i))["digest"] for i, seed in enumerate([1, 1, 2])
+    ]
     assert digests[0] == digests[1] != digests[2]
 
 
@@ -99,7 +113,9 @@ def test_missing_base_is_named(inputs, tmp_path):
 
 
 def test_bases_of_different_shapes_are_refused_with_base_and_key(inputs, tmp_path):
-    odd = AutoModelForCausalLM.from_config(Qwen2Config(**{**SIZES, "intermediate_size": 64}, num_key_value_heads=2))
+    odd = AutoModelForCausalLM.from_config(
+        Qwen2Config(**{**SIZES, "intermediate_size": 64}, num_key_value_heads=2)
+    )
     odd.save_pretrained(inputs["bases"] / "2")
     with pytest.raises(InputError, match=r"bases/2.*bos_token_id"):
         run(config(), inputs, tmp_path)
@@ -125,7 +141,17 @@ def test_family_that_does_not_take_the_base_is_refused(inputs, tmp_path):
 def test_a_base_that_is_taught_no_text_has_a_router_prototype(inputs, tmp_path):
     documents = [Window(Document("helps pays", "a dose helps now", "medicine"), "in_domain", teacher=0)]
     settings = config(merge={"router": "prototype"})
-    distill(settings, inputs["base"], {1: inputs["base"]}, documents, 0, True, "base 1", tmp_path / "1", tmp_path / "work")
+    distill(
+        settings,
+        inputs["base"],
+        {1: inputs["base"]},
+        documents,
+        0,
+        True,
+        "base 1",
+        tmp_path / "1",
+        tmp_path / "work",
+    )
     found = load_file(tmp_path / "1" / "prototype.safetensors")["prototype"]
     assert found.shape == (2, 32)
     assert found.norm(dim=1).min() > 0

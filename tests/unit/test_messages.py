@@ -40,13 +40,18 @@ def test_offer_ticket_receipt_and_refusal_arrive(tmp_path):
     assert messages.read(messages.ticket(7, "abc")).ticket == "abc"
     receipt = {"device": "clinic", "digest": "0" * 64, "size": 3, "state": "done"}
     assert messages.read(messages.receipt_again(7, receipt)).receipt == receipt
-    refusal = messages.read(messages.refusal(7, InputError("too big", where="x", allowed="1", fix="cut", code="too-large"))).refusal
+    refusal = messages.read(
+        messages.refusal(7, InputError("too big", where="x", allowed="1", fix="cut", code="too-large"))
+    ).refusal
     assert str(refusal) == "x: too big; allowed: 1; fix: cut [too-large]"
 
 
 def test_a_failing_device_tells_no_more_than_the_code():
     error = InputError(
-        "the answer 'HIV positive' is no option", where="/home/alice/patients.jsonl:7", allowed="A", code="bad-answer"
+        "the answer 'HIV positive' is no option",
+        where="/home/alice/patients.jsonl:7",
+        allowed="A",
+        code="bad-answer",
     )
     reply = messages.reply_refusal(messages.task(7, "clinic", ""), error)
     assert "alice" not in str(reply.content) + str(messages.read(reply).refusal)
@@ -56,7 +61,8 @@ def test_a_failing_device_tells_no_more_than_the_code():
 
 @given(
     st.dictionaries(
-        st.sampled_from(["config", "sha256", "offer", "ticket", "receipt", "code", "what", "x"]), st.text() | st.integers(0, 9)
+        st.sampled_from(["config", "sha256", "offer", "ticket", "receipt", "code", "what", "x"]),
+        st.text() | st.integers(0, 9),
     )
 )
 def test_whatever_a_stranger_says_is_read_or_refused(values):

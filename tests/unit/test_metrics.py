@@ -29,7 +29,13 @@ EXAMPLES = [
     Document("Question: Ω?\nAnswer:", " zwölf – ¾", "numbers"),
 ]
 QUESTIONS = [
-    Document(f"Question: {text[:8]}\nAnswer:", f" {answer}", "quiz", (" cat", " seven hills", " x", " far away"), index)
+    Document(
+        f"Question: {text[:8]}\nAnswer:",
+        f" {answer}",
+        "quiz",
+        (" cat", " seven hills", " x", " far away"),
+        index,
+    )
     for text, (index, answer) in zip(TEXT, [(0, "cat"), (1, "seven hills"), (3, "far away")], strict=True)
 ]
 
@@ -59,7 +65,9 @@ def moe(experts: int = 4) -> PreTrainedModel:
     return Qwen3MoeForCausalLM(config).eval()
 
 
-def naive(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, document: Document) -> tuple[float, int, int]:
+def naive(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, document: Document
+) -> tuple[float, int, int]:
     """Nats, tokens and correct tokens of a completion, one sequence at a time, token by token."""
     encoded = encode(tokenizer, document, add_end=False)
     with torch.no_grad():
@@ -76,7 +84,9 @@ def naive(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, document: 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "olmo", "bloom", "moe"])
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_agrees_with_a_naive_reference(kind: str, batch_size: int, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_agrees_with_a_naive_reference(
+    kind: str, batch_size: int, tokenizer: PreTrainedTokenizerFast
+) -> None:
     model = moe() if kind == "moe" else make_model(kind).eval()
     found = evaluate_model(model, tokenizer, EXAMPLES, batch_size=batch_size)
     references = [naive(model, tokenizer, document) for document in EXAMPLES]
@@ -96,24 +106,40 @@ def test_agrees_with_a_naive_reference(kind: str, batch_size: int, tokenizer: Pr
     assert found["mean_over_domains"]["log_perplexity"] == pytest.approx(sum(each) / 2)
 
 
-def test_every_turn_of_the_assistant_counts_in_the_words_of_the_models_own_template(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_every_turn_of_the_assistant_counts_in_the_words_of_the_models_own_template(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     model = make_model("llama").eval()
     chatty = copy.deepcopy(tokenizer)
-    chatty.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"
-    turns = [Turn("user", "one"), Turn("assistant", "two three", True), Turn("user", "four"), Turn("assistant", "zwölf", True)]
+    chatty.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    )
+    turns = [
+        Turn("user", "one"),
+        Turn("assistant", "two three", True),
+        Turn("user", "four"),
+        Turn("assistant", "zwölf", True),
+    ]
     document = conversation(turns, "d")
     found = {}
-    for reader, text in ((chatty, "[user]one<end>[assistant]two three<end>[user]four<end>[assistant]zwölf"), (tokenizer, None)):
+    for reader, text in (
+        (chatty, "[user]one<end>[assistant]two three<end>[user]four<end>[assistant]zwölf"),
+        (tokenizer, None),
+    ):
         found[text is None] = evaluate_model(model, reader, [document])
         whole = text or document.text
         ids = reader(whole, add_special_tokens=False, return_offsets_mapping=True)
         start = [] if text else [reader.eos_token_id]
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([[*start, *ids.input_ids]])).logits[0].double().log_softmax(-1)
+            logits = (
+                model(input_ids=torch.tensor([[*start, *ids.input_ids]])).logits[0].double().log_softmax(-1)
+            )
         space = 0 if text else 1  # in plain words the space before an answer is a part of it
         spans = [(whole.index(t) - space, whole.index(t) + len(t)) for t in ("two three", "zwölf")]
         nats, tokens = 0.0, 0
-        for place, (token, (begin, end)) in enumerate(zip(ids.input_ids, ids.offset_mapping, strict=True), len(start)):
+        for place, (token, (begin, end)) in enumerate(
+            zip(ids.input_ids, ids.offset_mapping, strict=True), len(start)
+        ):
             if any(end > a and begin < b for a, b in spans):
                 nats, tokens = nats - float(logits[place - 1, token]), tokens + 1
         assert found[text is None]["tokens"] == tokens
@@ -215,7 +241,9 @@ def test_expert_use_shows_a_router_that_always_chooses_the_same(tokenizer: PreTr
         assert layers[1] == pytest.approx([0, 0, 0.5, 0.5])
 
 
-@pytest.mark.parametrize("bad", [{"max_chars": 0}, {"max_chars": -5}, {"batch_size": 0}, {"batch_size": -1}, {"max_chars": 1.5}])
+@pytest.mark.parametrize(
+    "bad", [{"max_chars": 0}, {"max_chars": -5}, {"batch_size": 0}, {"batch_size": -1}, {"max_chars": 1.5}]
+)
 def test_numbers_without_sense_end_at_once(
     bad: dict[str, Any], silent: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -234,9 +262,13 @@ def test_the_mean_over_domains_counts_each_domain_once(tokenizer: PreTrainedToke
     found = evaluate_model(model, tokenizer, [*EXAMPLES, *QUESTIONS, Document("", TEXT[1] * 3, "long")])
     rows = found["by_domain"]
     for key in ("log_perplexity", "bits_per_byte", "token_accuracy"):
-        assert found["mean_over_domains"][key] == pytest.approx(sum(row[key] for row in rows.values()) / len(rows))
+        assert found["mean_over_domains"][key] == pytest.approx(
+            sum(row[key] for row in rows.values()) / len(rows)
+        )
     assert found["mean_over_domains"]["bits_per_byte"] != pytest.approx(found["bits_per_byte"], rel=1e-3)
-    assert found["mean_over_domains"]["choice_accuracy"] == rows["quiz"]["choice_accuracy"]  # the only domain with options
+    assert (
+        found["mean_over_domains"]["choice_accuracy"] == rows["quiz"]["choice_accuracy"]
+    )  # the only domain with options
 
 
 def test_bad_input_is_named(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -25,7 +25,12 @@ from deepfusion.models.loading import hardware_precision, load_model, load_token
 from deepfusion.models.presets import LORA_TARGETS, METHODS, model_config, resolve
 from deepfusion.models.signature import type_signature
 
-SIZES = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "tinyllama": 1_100_048_384, "olmo-1b": 1_176_764_416}
+SIZES = {
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "tinyllama": 1_100_048_384,
+    "olmo-1b": 1_176_764_416,
+}
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +169,8 @@ def test_bookkeeping_does_not_change_the_signature(checkpoint: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("4GB", 4 * 10**9), ("512MiB", 2**29), ("1.5 GiB", 3 * 2**29), ("1000", 1000), (7, 7), ("2k", 2000)]
+    ("text", "size"),
+    [("4GB", 4 * 10**9), ("512MiB", 2**29), ("1.5 GiB", 3 * 2**29), ("1000", 1000), (7, 7), ("2k", 2000)],
 )
 def test_memory_is_read(text: str | int, size: int) -> None:
     assert parse_memory(text) == size
@@ -190,7 +196,9 @@ def test_the_plan_is_ordered_and_within_the_budget(monkeypatch: pytest.MonkeyPat
     assert plan_training(10**6, ["gpt2"]) == {"budget_bytes": 10**6, "fits": [], "chosen": None}
 
 
-def test_the_plan_says_what_is_missing_and_chooses_what_is_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_says_what_is_missing_and_chooses_what_is_at_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     found = plan_training(10**12, ["gpt2", "tiny-gpt2"], methods=["full", "lora"])
     assert [(row["type"], row["available"], row["needs"]) for row in found["fits"]] == [
@@ -228,11 +236,28 @@ def test_the_estimate_knows_the_experts_of_an_moe() -> None:
 
 SMALL = {"vocab_size": 2560, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 TRAINED: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_embd": 96, "n_layer": 3, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "gpt2": {
+        "n_embd": 96,
+        "n_layer": 3,
+        "n_head": 4,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    },
     "llama": {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256},
     "bloom": {"hidden_size": 96, "n_layer": 3, "n_head": 4},
-    "qwen2_moe": {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4}
-    | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256},
+    "qwen2_moe": {
+        "hidden_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
+    | {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 256,
+        "shared_expert_intermediate_size": 256,
+    },
 }
 
 
@@ -247,7 +272,9 @@ class _Student(torch.nn.Module):
         hidden = self.trunk[0](input_ids=ids, use_cache=False).last_hidden_state
         positions = torch.arange(ids.numel()).view(ids.shape)[:, :-1].flatten()
         weights = torch.ones(len(positions))
-        loss = cross_entropy_and_kl(Projection(hidden, self.head[0].weight), positions, ids[:, 1:].flatten(), weights)
+        loss = cross_entropy_and_kl(
+            Projection(hidden, self.head[0].weight), positions, ids[:, 1:].flatten(), weights
+        )
         return {"loss": loss.ce, "tokens": ids.numel()}
 
 
@@ -269,7 +296,8 @@ def _measure(kind: str, method: str, work: str, answer: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "method"), [("gpt2", "full"), ("llama", "full"), ("bloom", "full"), ("gpt2", "lora"), ("qwen2_moe", "full")]
+    ("kind", "method"),
+    [("gpt2", "full"), ("llama", "full"), ("bloom", "full"), ("gpt2", "lora"), ("qwen2_moe", "full")],
 )
 def test_the_estimate_is_within_a_fifth_of_the_measured_peak(kind: str, method: str, tmp_path: Path) -> None:
     config = AutoConfig.for_model(kind, **SMALL, **TRAINED[kind])

@@ -9,7 +9,21 @@ from deepfusion.names import MAX_BYTES, MAX_CHARACTERS, device_id, device_ids, i
 from deepfusion.uploads.card import Card
 
 NASTY = [
-    *("模型一", "模型二", "my model (v1)", "my model [v1]", "my model", "...", ".hidden", "-x", "a.", "con", "nul.txt", " ", ""),
+    *(
+        "模型一",
+        "模型二",
+        "my model (v1)",
+        "my model [v1]",
+        "my model",
+        "...",
+        ".hidden",
+        "-x",
+        "a.",
+        "con",
+        "nul.txt",
+        " ",
+        "",
+    ),
     *("x" * 63 + "a", "x" * 63 + "b", "é", "e\u0301", "\u0301x", "a\u200bb", "字" * 80, "a/b", "a\\b"),
     *("\udcff", "\U0001f600", "1", "_"),
 ]
@@ -17,14 +31,28 @@ text = st.text(st.characters(), max_size=100) | st.sampled_from(NASTY)
 
 
 @pytest.mark.parametrize(
-    "name", ["clinic-1", "d00", "模型一", "клиника_2", "é", "मॉडल", "a.b-c", "x" * MAX_CHARACTERS, "字" * 63, "Lab-20240101"]
+    "name",
+    [
+        "clinic-1",
+        "d00",
+        "模型一",
+        "клиника_2",
+        "é",
+        "मॉडल",
+        "a.b-c",
+        "x" * MAX_CHARACTERS,
+        "字" * 63,
+        "Lab-20240101",
+    ],
 )
 def test_an_allowed_name_stays_itself(name: str) -> None:
     assert device_id(name) == name
     assert DeviceSpec(id=name, type="x").id == name
 
 
-@pytest.mark.parametrize("name", [*NASTY[2:13], "x" * 64, "𐍈" * 60, "a\u0301", "a b", "a\n", "²", ".", "..", "COM1"])
+@pytest.mark.parametrize(
+    "name", [*NASTY[2:13], "x" * 64, "𐍈" * 60, "a\u0301", "a b", "a\n", "²", ".", "..", "COM1"]
+)
 def test_a_bad_name_is_refused_by_config_and_card_alike(name: str) -> None:
     assert not is_device_id(name)
     for model in (DeviceSpec, Card):

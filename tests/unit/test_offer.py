@@ -28,8 +28,10 @@ def make_upload(folder: Path, files: dict[str, bytes] | None = None) -> Path:
     for name, content in (FILES if files is None else files).items():
         (folder / name).write_bytes(content)
     card = {
-        "device": folder.name, "type": "tiny-gpt2", "model_class": "GPT2LMHeadModel", "signature": "5" * 64, "base": "tiny-gpt2",
-        "base_digest": "b" * 64, "method": "full", "embedding": [0.6, 0.8], "encoder": "hashing", "tokens": 100, "documents": 10,
+        "device": folder.name, "type": "tiny-gpt2", "model_class": "GPT2LMHeadModel", "signature": "5" * 64,
+        "base": "tiny-gpt2",
+        "base_digest": "b" * 64, "method": "full", "embedding": [0.6, 0.8], "encoder": "hashing",
+        "tokens": 100, "documents": 10,
         "loss_before": 5.0, "loss_after": 4.0, "steps": 3, "seed": 0, "deepfusion_version": "0",
     }  # fmt: skip
     write_card(folder, Card.model_validate(card))
@@ -83,7 +85,9 @@ def test_digest_does_not_depend_on_the_order_of_files(offer: Offer) -> None:
 @pytest.mark.parametrize("field", ["name", "size", "sha256"])
 def test_digest_is_of_names_sizes_and_contents(offer: Offer, field: str) -> None:
     other = {"name": "vocab.json", "size": 12345, "sha256": "e" * 64}
-    assert changed(offer, lambda values: values["files"][1].update({field: other[field]})).digest != offer.digest
+    assert (
+        changed(offer, lambda values: values["files"][1].update({field: other[field]})).digest != offer.digest
+    )
 
 
 def test_same_files_on_another_disk_are_the_same_offer(upload: Path, tmp_path: Path) -> None:
@@ -122,7 +126,9 @@ def test_upload_without_a_card_is_none(upload: Path) -> None:
     assert caught.value.code == "card-missing"
 
 
-@pytest.mark.parametrize("files", [{}, {"é" * 20: b""}, {"a" * 201: b""}], ids=["card only", "not ASCII", "long name"])
+@pytest.mark.parametrize(
+    "files", [{}, {"é" * 20: b""}, {"a" * 201: b""}], ids=["card only", "not ASCII", "long name"]
+)
 def test_folder_that_could_not_be_offered_is_refused(tmp_path: Path, files: dict[str, bytes]) -> None:
     with pytest.raises(InputError) as caught:
         read_offer(make_upload(tmp_path / "clinic", files))
@@ -133,7 +139,10 @@ def test_folder_that_could_not_be_offered_is_refused(tmp_path: Path, files: dict
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["card", "files", "name", "size"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["card", "files", "name", "size"]), inner)
+    ),
     max_leaves=8,
 )
 
@@ -163,7 +172,9 @@ PLACES = [
 @given(st.sampled_from(PLACES), JSON | st.just(int("9" * 4000)))
 @example(["files", 0, "name"], "")
 @example(["card", "embedding"], [1e308, 1e308])
-def test_offer_with_anything_in_one_place_is_read_refused_or_weighed(offer: Offer, place: list[str | int], value: Any) -> None:
+def test_offer_with_anything_in_one_place_is_read_refused_or_weighed(
+    offer: Offer, place: list[str | int], value: Any
+) -> None:
     """A stranger may write what he wants: the server answers with an InputError, never with another exception."""
 
     def change(values: Any) -> None:
@@ -205,7 +216,9 @@ def test_upload_of_another_name_is_refused(offer: Offer) -> None:
 
 
 def test_file_twice_is_refused(offer: Offer) -> None:
-    assert refusal(changed(offer, lambda values: values["files"].append(values["files"][0]))) == "card-invalid"
+    assert (
+        refusal(changed(offer, lambda values: values["files"].append(values["files"][0]))) == "card-invalid"
+    )
 
 
 @pytest.mark.parametrize("name", [CARD, *FILES])
@@ -231,7 +244,17 @@ def test_files_must_be_exactly_those_of_the_card(offer: Offer, names: set[str]) 
 
 
 @pytest.mark.parametrize(
-    "name", ["../config.json", "/etc/passwd", "a/b.json", "model.bin", "run.py", "config.json ", ".card.json.part", "CONFIG.JSON"]
+    "name",
+    [
+        "../config.json",
+        "/etc/passwd",
+        "a/b.json",
+        "model.bin",
+        "run.py",
+        "config.json ",
+        ".card.json.part",
+        "CONFIG.JSON",
+    ],
 )
 def test_names_that_no_upload_has_are_refused(offer: Offer, name: str) -> None:
     card = offer.card.model_copy(update={"files": {**offer.card.files, name: "0" * 64}})
@@ -242,7 +265,9 @@ def test_names_that_no_upload_has_are_refused(offer: Offer, name: str) -> None:
 @pytest.mark.parametrize(("name", "limit"), [(CARD, MAX_CARD_BYTES), ("config.json", MAX_JSON_BYTES)])
 def test_only_weights_may_be_large(offer: Offer, name: str, limit: int) -> None:
     def sized(size: int) -> Offer:
-        files = [file.model_copy(update={"size": size}) if file.name == name else file for file in offer.files]
+        files = [
+            file.model_copy(update={"size": size}) if file.name == name else file for file in offer.files
+        ]
         return Offer(card=offer.card, files=files)
 
     check_offer(sized(limit), "clinic", 10**9)
@@ -250,7 +275,9 @@ def test_only_weights_may_be_large(offer: Offer, name: str, limit: int) -> None:
 
 
 def test_file_of_another_digest_is_refused(offer: Offer) -> None:
-    files = [file.model_copy(update={"sha256": "0" * 64}) if file.name != CARD else file for file in offer.files]
+    files = [
+        file.model_copy(update={"sha256": "0" * 64}) if file.name != CARD else file for file in offer.files
+    ]
     assert refusal(Offer(card=offer.card, files=files)) == "digest-mismatch"
 
 

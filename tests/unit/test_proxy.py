@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from device_models import make_model, save_adapter_upload, save_checkpoint, save_compact_upload, save_tokenizer, save_upload
+from device_models import (
+    make_model,
+    save_adapter_upload,
+    save_checkpoint,
+    save_compact_upload,
+    save_tokenizer,
+    save_upload,
+)
 from safetensors.torch import load_file, save_file
 
 from deepfusion.config import parse_config
@@ -23,9 +30,15 @@ def run(root: Path, clusters: list[list[str]], types: list[str], average: str = 
     """Register the uploads below `root` and average the given clusters; the folder of the proxies."""
     config = parse_config({"device": {"types": types}, "clustering": {"average": average}})
     registry.run(config, {"uploads": root / "uploads"}, root)
-    listed = [{"id": k, "devices": names, "type": "tiny", "signature": "s"} for k, names in enumerate(clusters)]
+    listed = [
+        {"id": k, "devices": names, "type": "tiny", "signature": "s"} for k, names in enumerate(clusters)
+    ]
     (root / "clusters.json").write_text(json.dumps({"clusters": listed}))
-    inputs = {"uploads": root / "uploads", "registry": root / "registry.json", "clusters": root / "clusters.json"}
+    inputs = {
+        "uploads": root / "uploads",
+        "registry": root / "registry.json",
+        "clusters": root / "clusters.json",
+    }
     proxy.run(config, inputs, root)
     return root / "proxies"
 
@@ -39,14 +52,22 @@ def test_a_proxy_is_the_plain_mean_of_its_members(kind: str, tmp_path: Path) -> 
     means = load_model(folder / "0").state_dict()
     members = [load_model(tmp_path / "uploads" / name).state_dict() for name in names]
     for name, tensor in means.items():
-        torch.testing.assert_close(tensor, (members[0][name].double() + members[1][name].double()).div(2).float())
-    assert all(torch.equal(tensor, members[2][name]) for name, tensor in load_model(folder / "1").state_dict().items())
+        torch.testing.assert_close(
+            tensor, (members[0][name].double() + members[1][name].double()).div(2).float()
+        )
+    assert all(
+        torch.equal(tensor, members[2][name])
+        for name, tensor in load_model(folder / "1").state_dict().items()
+    )
 
 
 @pytest.mark.parametrize(
-    ("average", "tokens", "share"), [("uniform", (900, 100), 0.5), ("tokens", (900, 100), 0.9), ("tokens", (900, 0), 0.5)]
+    ("average", "tokens", "share"),
+    [("uniform", (900, 100), 0.5), ("tokens", (900, 100), 0.9), ("tokens", (900, 0), 0.5)],
 )
-def test_members_count_alike_or_by_their_tokens(tmp_path: Path, average: str, tokens: tuple[int, int], share: float) -> None:
+def test_members_count_alike_or_by_their_tokens(
+    tmp_path: Path, average: str, tokens: tuple[int, int], share: float
+) -> None:
     for seed, name in enumerate(["d0", "d1"]):
         save_upload(tmp_path / "uploads" / name, seed=seed, tokens=tokens[seed])
     folder = run(tmp_path, [["d0", "d1"]], ["tiny"], average) / "0"
@@ -101,7 +122,9 @@ def test_means_of_bf16_are_taken_in_fp32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("rslora", [False, True])
-def test_adapters_are_merged_exactly_and_mix_with_full_weights(kind: str, rslora: bool, tmp_path: Path) -> None:
+def test_adapters_are_merged_exactly_and_mix_with_full_weights(
+    kind: str, rslora: bool, tmp_path: Path
+) -> None:
     base, uploads = tmp_path / "base", tmp_path / "uploads"
     save_checkpoint(base, kind)
     digest = base_digest(str(base))
@@ -120,7 +143,10 @@ def test_adapters_are_merged_exactly_and_mix_with_full_weights(kind: str, rslora
 def test_compact_uploads_are_averaged_with_all_others(kind: str, tmp_path: Path) -> None:
     base, uploads = tmp_path / "base", tmp_path / "uploads"
     save_checkpoint(base, kind)
-    exact = [save_compact_upload(uploads / f"d{seed}", base, encoding, seed) for seed, encoding in enumerate(("delta8", "delta4"))]
+    exact = [
+        save_compact_upload(uploads / f"d{seed}", base, encoding, seed)
+        for seed, encoding in enumerate(("delta8", "delta4"))
+    ]
     adapted = save_adapter_upload(uploads / "adapter", base)
     save_upload(uploads / "full", kind, seed=7, base=str(base), base_digest=base_digest(str(base)))
     errors = [read_card(uploads / f"d{seed}").encoding_error for seed in range(2)]
@@ -144,7 +170,9 @@ def test_a_compact_upload_is_as_precise_as_its_base(tmp_path: Path) -> None:
     mean = load_file(folder / "0" / "model.safetensors")
     assert {tensor.dtype for tensor in mean.values()} == {torch.bfloat16}
     for name, tensor in mean.items():
-        torch.testing.assert_close(tensor.float(), exact[name], rtol=2**-8, atol=read_card(uploads / "d0").encoding_error)
+        torch.testing.assert_close(
+            tensor.float(), exact[name], rtol=2**-8, atol=read_card(uploads / "d0").encoding_error
+        )
 
 
 def test_a_base_stored_without_the_prefix_of_its_trunk_is_understood(tmp_path: Path) -> None:
@@ -152,8 +180,15 @@ def test_a_base_stored_without_the_prefix_of_its_trunk_is_understood(tmp_path: P
     save_checkpoint(base)
     tensors = load_file(base / "model.safetensors")
     plain = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    save_file(plain | {"h.0.attn.bias": torch.ones(1, 1, 4, 4)}, base / "model.safetensors", metadata={"format": "pt"})
-    exact = [save_adapter_upload(tmp_path / "uploads" / "d0", base), save_compact_upload(tmp_path / "uploads" / "d1", base)]
+    save_file(
+        plain | {"h.0.attn.bias": torch.ones(1, 1, 4, 4)},
+        base / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    exact = [
+        save_adapter_upload(tmp_path / "uploads" / "d0", base),
+        save_compact_upload(tmp_path / "uploads" / "d1", base),
+    ]
     folder = run(tmp_path, [["d0"], ["d1"]], [str(base)])
     for number, model in enumerate(exact):
         for name, tensor in load_model(folder / str(number)).state_dict().items():

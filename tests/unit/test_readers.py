@@ -1,4 +1,6 @@
-"""Every form of a data file, known by what it holds; what is none says what it looks like; what a folder leaves out is said."""
+"""Every form of a data file, known by what it holds; what is none says what it looks like; what a folder leaves out
+is said.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def table(rows: list[dict], delimiter: str) -> str:
     writer = csv.writer(file, delimiter=delimiter)
     writer.writerow(COLUMNS)
     cells = [[row.get(key, "") for key in COLUMNS] for row in rows]
-    writer.writerows([[json.dumps(cell) if isinstance(cell, list) else cell for cell in row] for row in cells])
+    writer.writerows(
+        [[json.dumps(cell) if isinstance(cell, list) else cell for cell in row] for row in cells]
+    )
     return file.getvalue()
 
 
@@ -112,11 +116,16 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[Document]:
 def test_every_form_gives_the_same_documents(name: str, tmp_path: Path, expected: list[Document]) -> None:
     FORMS[name](tmp_path / name)
     assert read_documents(tmp_path / name, "d") == expected
-    assert load_rows(str(tmp_path)) == load_rows(str(tmp_path / name))  # in a folder too, whatever it is called
+    assert load_rows(str(tmp_path)) == load_rows(
+        str(tmp_path / name)
+    )  # in a folder too, whatever it is called
 
 
 def test_a_folder_reads_every_data_file_and_says_what_it_leaves_out(
-    tmp_path: Path, expected: list[Document], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    expected: list[Document],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(progress, "_said", set())
     for name, make in FORMS.items():
@@ -181,7 +190,10 @@ def test_copies_are_counted_and_variants_kept(
 ) -> None:
     monkeypatch.setattr(progress, "_said", set())
     path = tmp_path / "code.jsonl"
-    path.write_text(lines([{"text": "if x:\n    y"}, {"text": "if x:\ny"}, {"text": "IF X:\nY"}, {"text": "if x:\ny"}]), "utf-8")
+    path.write_text(
+        lines([{"text": "if x:\n    y"}, {"text": "if x:\ny"}, {"text": "IF X:\nY"}, {"text": "if x:\ny"}]),
+        "utf-8",
+    )
     assert len(load_source(str(path))) == 3
     assert "1 of 4 documents are exact copies" in capsys.readouterr().err
     assert len(load_rows(str(path))) == 4
@@ -225,7 +237,9 @@ def zipped() -> bytes:
     ],
     ids=lambda value: value if isinstance(value, str) else "file",  # packed files hold the time
 )
-def test_other_files_say_what_they_look_like_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+def test_other_files_say_what_they_look_like_in_one_line(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
     path = tmp_path / "data"
     path.write_bytes(content)
     with pytest.raises(InputError, match=message) as error:
@@ -244,14 +258,18 @@ def test_a_csv_without_a_known_column_lists_its_columns(tmp_path: Path) -> None:
 
 def test_a_csv_row_names_its_first_line(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
-    path.write_text('question,options,answer\nQ,"[""a"", ""b""]",A\n"Q\n2","[""a"", ""b""]",B\nQ3,"[""a"", ""b""]",7\n')
+    path.write_text(
+        'question,options,answer\nQ,"[""a"", ""b""]",A\n"Q\n2","[""a"", ""b""]",B\nQ3,"[""a"", ""b""]",7\n'
+    )
     with pytest.raises(InputError, match=r"x\.csv:5: .*none of the options"):
         read_documents(path)
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.binary(max_size=300) | st.text(max_size=200).map(lambda t: t.encode("utf-8", "surrogatepass")))
-def test_any_file_is_documents_or_one_clear_line(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+def test_any_file_is_documents_or_one_clear_line(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
     path = tmp_path_factory.mktemp("any") / "x"
     path.write_bytes(content)
     try:
@@ -261,8 +279,12 @@ def test_any_file_is_documents_or_one_clear_line(tmp_path_factory: pytest.TempPa
     assert not said or (said.startswith(str(path)) and "\n" not in said)
 
 
-@pytest.mark.parametrize("name", ["a:b.jsonl", "notes: ward.jsonl", "C:data", "a #1.jsonl", "[x].jsonl", "~x.jsonl", "x*.jsonl"])
-def test_a_path_is_a_path_whatever_it_holds(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", ["a:b.jsonl", "notes: ward.jsonl", "C:data", "a #1.jsonl", "[x].jsonl", "~x.jsonl", "x*.jsonl"]
+)
+def test_a_path_is_a_path_whatever_it_holds(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / name).write_text(lines(ROWS), "utf-8")
     assert len(load_source(str(tmp_path / name))) == len(ROWS)
     assert local_files([str(tmp_path / name)]) == [tmp_path / name]

@@ -24,10 +24,15 @@ def test_sound_uploads_are_registered_with_what_later_stages_read(tmp_path: Path
         save_upload(tmp_path / "uploads" / name, seed=seed, tokens=7 + seed)
     accepted, rejected = run(tmp_path)
     assert rejected == {}
-    assert [(entry["device"], entry["tokens"], entry["method"]) for entry in accepted] == [("d00", 7, "full"), ("d01", 8, "full")]
+    assert [(entry["device"], entry["tokens"], entry["method"]) for entry in accepted] == [
+        ("d00", 7, "full"),
+        ("d01", 8, "full"),
+    ]
     assert accepted[0]["signature"] == accepted[1]["signature"]
     assert accepted[0]["digest"] == folder_digest(tmp_path / "uploads" / "d00")
-    assert accepted[0]["bytes"] == sum(path.stat().st_size for path in (tmp_path / "uploads" / "d00").iterdir())
+    assert accepted[0]["bytes"] == sum(
+        path.stat().st_size for path in (tmp_path / "uploads" / "d00").iterdir()
+    )
 
 
 def test_bad_uploads_are_set_aside_and_the_others_count(tmp_path: Path) -> None:

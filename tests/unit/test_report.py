@@ -61,16 +61,28 @@ def _evaluation(devices: list[str]) -> dict[str, Any]:
 
     moe, control, base = _metrics(spread(1.71)), _metrics(spread(1.93)), _metrics(spread(2.42))
     own = _metrics(spread(1.75))["by_domain"]
-    best = {domain: {"device": devices[i], "type": "tiny-gpt2", **own[domain]} for i, domain in enumerate(DOMAINS)}
+    best = {
+        domain: {"device": devices[i], "type": "tiny-gpt2", **own[domain]} for i, domain in enumerate(DOMAINS)
+    }
     proxies = {
-        str(i): {"type": "tiny-gpt2", "devices": devices[i::4], "domain": domain, **_metrics({domain: 1.68 + i / 5})}
+        str(i): {
+            "type": "tiny-gpt2",
+            "devices": devices[i::4],
+            "domain": domain,
+            **_metrics({domain: 1.68 + i / 5}),
+        }
         for i, domain in enumerate(DOMAINS)
     }
-    differences = {key: moe["mean_over_domains"][key] - control["mean_over_domains"][key] for key in moe["mean_over_domains"]}
+    differences = {
+        key: moe["mean_over_domains"][key] - control["mean_over_domains"][key]
+        for key in moe["mean_over_domains"]
+    }
     return {
         "moe": moe,
         "references": {"base": base, "no_distillation": control, "devices": best, "proxies": proxies},
-        "proxy_against_members": [{"cluster": 0, "domain": "fiqa", "proxy": 3.52, "best_member": 3.55, "difference": -0.03}],
+        "proxy_against_members": [
+            {"cluster": 0, "domain": "fiqa", "proxy": 3.52, "best_member": 3.55, "difference": -0.03}
+        ],
         "expert_use": {domain: [[0.4, 0.3, 0.2, 0.1], [0.25, 0.25, 0.3, 0.2]] for domain in DOMAINS},
         "comparison": {
             "moe_minus_no_distillation": differences,
@@ -100,8 +112,14 @@ def folder(tmp_path: Path) -> Path:
         "loss_after": 3.4,
     }
     _write(run / "registry.json", [{"device": device, **entry, "bytes": 3_412_000} for device in devices])
-    _write(run / "rejected.json", {"d99": [{"code": "digest", "message": "sha256 differs", "file": "model.safetensors"}]})
-    clusters = [{"id": i, "type": "tiny-gpt2", "signature": "s", "devices": devices[i::4], "tokens": 36_400} for i in range(4)]
+    _write(
+        run / "rejected.json",
+        {"d99": [{"code": "digest", "message": "sha256 differs", "file": "model.safetensors"}]},
+    )
+    clusters = [
+        {"id": i, "type": "tiny-gpt2", "signature": "s", "devices": devices[i::4], "tokens": 36_400}
+        for i in range(4)
+    ]
     matrix = [[1.0 if i == j else 0.9 - abs(i % 4 - j % 4) / 4 for j in range(8)] for i in range(8)]
     _write(
         run / "clusters.json",
@@ -265,7 +283,15 @@ def test_summary_table_for_the_terminal(folder: Path, tmp_path: Path) -> None:
     console = Console(width=160, record=True)
     console.print(summary_table(folder))
     shown = console.export_text()
-    for piece in (*DOMAINS, "DeepFusion MoE", "No distillation", "Untouched base", "Best device", "1.710", "2.420"):
+    for piece in (
+        *DOMAINS,
+        "DeepFusion MoE",
+        "No distillation",
+        "Untouched base",
+        "Best device",
+        "1.710",
+        "2.420",
+    ):
         assert piece in shown
     assert summary_table(tmp_path / "nowhere").startswith("not evaluated")
 
@@ -280,7 +306,12 @@ def test_charts_are_well_formed_for_any_numbers_and_names(matrix: list[list[floa
     for chart in (
         heat_map(matrix, rows, [name, "b", "c"], name, ".2f", breaks=[1]),
         line_chart({name: [(i, row[0]) for i, row in enumerate(matrix)]}, name, "step", "loss"),
-        grouped_bars(rows, {name: [abs(row[0]) or None for row in matrix] + [1.0], "b": [1.0] * len(matrix)}, name, ".2f"),
+        grouped_bars(
+            rows,
+            {name: [abs(row[0]) or None for row in matrix] + [1.0], "b": [1.0] * len(matrix)},
+            name,
+            ".2f",
+        ),
     ):
         root = ElementTree.fromstring(f"<div>{chart}</div>")
         assert root.find("svg") is not None

@@ -39,7 +39,9 @@ def test_an_expert_for_each_upload_at_most(tmp_path):
 
 
 def test_a_base_too_small_for_the_suggested_types_is_said_before_any_device_trains(tmp_path):
-    config = load_config(overrides=["federation.wait_for=2", "experts=2", "device.types=[tinyllama]", "devices=null"])
+    config = load_config(
+        overrides=["federation.wait_for=2", "experts=2", "device.types=[tinyllama]", "devices=null"]
+    )
     assert config.distill.base is None
     assert refusal(config, tmp_path / "run", tmp_path / "home") == "base-too-small"
     assert not (tmp_path / "run").exists()
@@ -93,10 +95,15 @@ def test_uploads_are_taken_over_also_if_that_was_cut_short(tmp_path):
     weight = sum(path.stat().st_size for path in (out / "uploads" / "clinic").iterdir())
     moved = json.loads((out / "transport.json").read_text())
     assert moved["devices"]["clinic"] == {
-        "up_bytes": weight + 100, "down_bytes": 50, "upload_bytes": weight, "control_up_bytes": 7, "control_down_bytes": 8,
+        "up_bytes": weight + 100, "down_bytes": 50, "upload_bytes": weight, "control_up_bytes": 7,
+        "control_down_bytes": 8,
     }  # fmt: skip
     assert moved["total_up_bytes"] == sum(device["up_bytes"] for device in moved["devices"].values())
-    assert {row["device"]: row["state"] for row in device_states(tmp_path)} == {"bank": "done", "clinic": "done", "late": "late"}
+    assert {row["device"]: row["state"] for row in device_states(tmp_path)} == {
+        "bank": "done",
+        "clinic": "done",
+        "late": "late",
+    }
 
 
 def test_changes_are_told_once(tmp_path, capsys):
@@ -115,4 +122,7 @@ def test_changes_are_told_once(tmp_path, capsys):
 
     with View(ledger, home, pause=0.01) as view:
         view.wait(until)
-    assert capsys.readouterr().err.splitlines() == ["[clinic] training", "[clinic] rejected: clinic: too large [too-large]"]
+    assert capsys.readouterr().err.splitlines() == [
+        "[clinic] training",
+        "[clinic] rejected: clinic: too large [too-large]",
+    ]

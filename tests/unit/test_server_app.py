@@ -53,7 +53,9 @@ class ReadyDevice:
         granted = ledger.ticket(ticket)
         assert granted is not None
         assert (granted.device, granted.digest, granted.spent) == (self.spec.id, offer.digest, False)
-        receipt = ledger.finish(self.spec.id, {"device": self.spec.id, "digest": offer.digest, "size": offer.size})
+        receipt = ledger.finish(
+            self.spec.id, {"device": self.spec.id, "digest": offer.digest, "size": offer.size}
+        )
         self.receipts.append(receipt)
         return receipt
 
@@ -64,7 +66,10 @@ class Grid(EmbeddedGrid):
     started: str = ""
 
     def get_nodes(self) -> Iterable[NodeInfo]:
-        return [NodeInfo(node_id=n.node_id, name=n.name, last_activated_at=self.started) for n in super().get_nodes()]
+        return [
+            NodeInfo(node_id=n.node_id, name=n.name, last_activated_at=self.started)
+            for n in super().get_nodes()
+        ]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Any]:
         wanted = list(message_ids)
@@ -147,7 +152,9 @@ def test_a_second_upload_of_other_weights_is_refused(tmp_path):
     assert '"already-uploaded"' in ledger.audit_path.read_text()
 
 
-@pytest.mark.parametrize(("federation", "folder", "code"), [({"max_upload_bytes": 10}, "a", "too-large"), ({}, "b", "folder-name")])
+@pytest.mark.parametrize(
+    ("federation", "folder", "code"), [({"max_upload_bytes": 10}, "a", "too-large"), ({}, "b", "folder-name")]
+)
 def test_an_offer_that_cannot_be_taken_is_refused_before_a_byte_moves(tmp_path, federation, folder, code):
     coordinator, (device,), ledger = federate(tmp_path, "a", wait_for=1, **federation)
     device.folder = make_upload(tmp_path / "other" / folder)

@@ -1,4 +1,6 @@
-"""Uploads by way of an object store: a real server of S3's protocol, presigned addresses, and the gateway that collects."""
+"""Uploads by way of an object store: a real server of S3's protocol, presigned addresses, and the gateway that
+collects.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def client(store: dict[str, Any]) -> Any:
 
 def is_empty(client: Any, device: str) -> bool:
     prefix = {"Bucket": "uploads", "Prefix": f"deepfusion/run/{device}/"}
-    return not client.list_objects_v2(**prefix).get("Contents") and not client.list_multipart_uploads(**prefix).get("Uploads")
+    return not client.list_objects_v2(**prefix).get("Contents") and not client.list_multipart_uploads(
+        **prefix
+    ).get("Uploads")
 
 
 def parts(device: Device) -> list[dict[str, Any]]:
@@ -79,7 +83,9 @@ def check_arrived(device: Device, receipt: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["stored", "клиника-模型一"])
-def test_hand_in_by_the_store(name: str, gateway: Gateway, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hand_in_by_the_store(
+    name: str, gateway: Gateway, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device = gateway.device(name, {WEIGHTS: 12 * MIB, "merges.txt": 0})
     check_arrived(device, hand_in(device.connection, device.folder, device.offer, device.ticket))
     assert is_empty(client, name)
@@ -161,7 +167,9 @@ def test_the_store_is_away_for_a_while(tmp_path: Path, store: dict[str, Any]) ->
     own = ThreadedMotoServer(port=port, verbose=False)
     own.start()
     own_store = store | {"endpoint": f"http://127.0.0.1:{port}"}
-    boto3.client("s3", endpoint_url=own_store["endpoint"], region_name="us-east-1").create_bucket(Bucket="uploads")
+    boto3.client("s3", endpoint_url=own_store["endpoint"], region_name="us-east-1").create_bucket(
+        Bucket="uploads"
+    )
     gateway = Gateway(tmp_path, {"sink": "s3", "s3": own_store}).start()
     try:
         device = gateway.device("patient", {WEIGHTS: MIB})
@@ -177,7 +185,9 @@ def test_the_store_is_away_for_a_while(tmp_path: Path, store: dict[str, Any]) ->
 @pytest.mark.slow
 def test_a_store_behind_a_network_that_fails(tmp_path: Path, store: dict[str, Any]) -> None:
     with Faults(httpx.URL(store["endpoint"]).port or 0) as faults:
-        gateway = Gateway(tmp_path, {"sink": "s3", "s3": store | {"endpoint": f"http://127.0.0.1:{faults.port}"}}).start()
+        gateway = Gateway(
+            tmp_path, {"sink": "s3", "s3": store | {"endpoint": f"http://127.0.0.1:{faults.port}"}}
+        ).start()
         try:
             device = gateway.device("unsteady", {WEIGHTS: 64 * MIB})
             faults.resets = (0.3, 0.6)

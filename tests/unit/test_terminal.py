@@ -1,4 +1,6 @@
-"""The command line as a terminal sees it: every option explained and bounded, mistakes in one line, any encoding, orderly ends."""
+"""The command line as a terminal sees it: every option explained and bounded, mistakes in one line, any encoding,
+orderly ends.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ from deepfusion.errors import InputError
 ABSURD = ("-1", "0", str(10**12), "nan", "inf", "-inf", "1e400", "")
 
 
-def walk(command: click.Command | None = None, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+def walk(
+    command: click.Command | None = None, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], click.Command]]:
     terminal.prepare()
     command = command or typer.main.get_command(app)
     yield path, command
@@ -55,7 +59,9 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize("path", EVERY, ids=" ".join)
 @pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_every_command_argument_and_option_is_explained(path: tuple[str, ...], flag: str, invoke: Callable[..., Outcome]) -> None:
+def test_every_command_argument_and_option_is_explained(
+    path: tuple[str, ...], flag: str, invoke: Callable[..., Outcome]
+) -> None:
     done = invoke(*path, flag)
     assert (done.code, done.err) == (0, "")
     shown = " ".join(done.out.split())
@@ -77,8 +83,12 @@ def filled(path: tuple[str, ...], option: click.Parameter, value: str) -> list[s
     return [*line, f"{option.opts[0]}={value}"]
 
 
-@pytest.mark.parametrize(("path", "option"), NUMBERS, ids=lambda value: " ".join(value) if isinstance(value, tuple) else value.name)
-def test_every_number_has_bounds(path: tuple[str, ...], option: click.Parameter, invoke: Callable[..., Outcome]) -> None:
+@pytest.mark.parametrize(
+    ("path", "option"), NUMBERS, ids=lambda value: " ".join(value) if isinstance(value, tuple) else value.name
+)
+def test_every_number_has_bounds(
+    path: tuple[str, ...], option: click.Parameter, invoke: Callable[..., Outcome]
+) -> None:
     zero = getattr(option.type, "min", None) == 0 or option.name == "temperature"
     for value in ABSURD:
         if value != "0" or not zero:
@@ -90,7 +100,8 @@ def test_every_number_has_bounds(path: tuple[str, ...], option: click.Parameter,
 
 def test_numbers_were_found() -> None:
     assert {option.name for _, option in NUMBERS} >= {
-        "max_chars", "batch_size", "judge_documents", "max_new_tokens", "temperature", "seed", "port", "seeds", "workers", "rounds",
+        "max_chars", "batch_size", "judge_documents", "max_new_tokens", "temperature", "seed", "port", "seeds",
+        "workers", "rounds",
     }  # fmt: skip
 
 
@@ -163,7 +174,9 @@ def test_mistakes_of_usage_are_one_line(line: str, said: str, invoke: Callable[.
 
 def test_version_and_completion(invoke: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     assert invoke("--version") == (0, f"deepfusion {__version__}\n", "")
-    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")  # which shell runs these tests does not matter
+    monkeypatch.setenv(
+        "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1"
+    )  # which shell runs these tests does not matter
     script = invoke("--show-completion", "bash")
     assert "_DEEPFUSION_COMPLETE=" in script.out
     assert script.code == 0
@@ -186,11 +199,16 @@ def test_brackets_reach_the_terminal(invoke: Callable[..., Outcome]) -> None:
     assert "data.public=[in_domain,sampled]" in invoke("bench", "ablation").out
 
 
-def test_evaluate_names_both_means(zoo: dict[str, Path], tmp_path: Path, invoke: Callable[..., Outcome]) -> None:
+def test_evaluate_names_both_means(
+    zoo: dict[str, Path], tmp_path: Path, invoke: Callable[..., Outcome]
+) -> None:
     rows = [*sentences("finance", 5), *sentences("medicine", 2), *questions(3)]
     call = ("evaluate", zoo["mini-gpt2"], "--data", write_rows(tmp_path / "text.jsonl", rows))
     found, shown = json.loads(invoke(*call, "--json").out), invoke(*call).out.splitlines()
-    lines = {name: next(line.split() for line in shown if line.strip().startswith(name)) for name in ("mean over", "over all")}
+    lines = {
+        name: next(line.split() for line in shown if line.strip().startswith(name))
+        for name in ("mean over", "over all")
+    }
     for name, values in (("mean over", found["mean_over_domains"]), ("over all", found)):
         assert lines[name][3:6] == [
             f"{values['log_perplexity']:.4f}", f"{values['bits_per_byte']:.4f}", f"{values['token_accuracy']:.2%}",
@@ -203,11 +221,16 @@ def test_evaluate_names_both_means(zoo: dict[str, Path], tmp_path: Path, invoke:
 
 
 @pytest.fixture(params=["ascii", "latin-1", "cp1252", "utf-8"])
-def printed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+def printed(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
     """Runs a command on a terminal of another encoding, strict about what it does not have."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
-        streams = {name: io.TextIOWrapper(io.BytesIO(), encoding=request.param, errors="strict") for name in ("stdout", "stderr")}
+        streams = {
+            name: io.TextIOWrapper(io.BytesIO(), encoding=request.param, errors="strict")
+            for name in ("stdout", "stderr")
+        }
         monkeypatch.setattr(sys, "argv", ["deepfusion", *map(str, arguments)])
         with monkeypatch.context() as patch:
             for name, stream in streams.items():
@@ -232,9 +255,16 @@ def run_folder(tmp_path: Path) -> Path:
     row = {"log_perplexity": 2.0, "bits_per_byte": 1.0, "token_accuracy": 0.2, "choice_accuracy": None}
     counts = {"tokens": 5, "examples": 2}
     moe = {**row, **counts, "mean_over_domains": row, "by_domain": {LETTERS: {**row, **counts}}}
-    references = {"base": None, "no_distillation": None, "proxies": None, "devices": {LETTERS: {**row, "device": "d", "type": "t"}}}
+    references = {
+        "base": None,
+        "no_distillation": None,
+        "proxies": None,
+        "devices": {LETTERS: {**row, "device": "d", "type": "t"}},
+    }
     (run / "evaluation.json").write_text(json.dumps({"moe": moe, "references": references, "comparison": {}}))
-    (run / "manifest.json").write_text(json.dumps({"stages": {"device": {"status": "done", "seconds": 1, "peak_rss_bytes": 1}}}))
+    (run / "manifest.json").write_text(
+        json.dumps({"stages": {"device": {"status": "done", "seconds": 1, "peak_rss_bytes": 1}}})
+    )
     (run / "config.yaml").write_text("seed: 0\n")
     return run
 
@@ -262,7 +292,12 @@ def test_any_terminal_shows_text_and_mistakes(
     code, out, _ = printed("generate", zoo["mini-gpt2"], LETTERS, "--max-new-tokens", 1)
     assert code == 0
     assert "na" in out
-    assert json.loads(printed("generate", zoo["mini-gpt2"], LETTERS, "--max-new-tokens", 1, "--json")[1])["prompt"] == LETTERS
+    assert (
+        json.loads(printed("generate", zoo["mini-gpt2"], LETTERS, "--max-new-tokens", 1, "--json")[1])[
+            "prompt"
+        ]
+        == LETTERS
+    )
     code, out, err = printed("status", tmp_path / LETTERS)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert printed("config", "explain")[0] == 0
@@ -283,7 +318,9 @@ def test_the_log_is_always_utf8(tmp_path: Path, printed: Callable[..., tuple[int
 def child(*arguments: object, **options: Any) -> subprocess.Popen[str]:
     line = [sys.executable, "-m", "deepfusion.cli", *map(str, arguments)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | options.pop("env", {})
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options)
+    return subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
+    )
 
 
 PLAIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -309,7 +346,14 @@ def test_a_run_in_a_plain_locale(settings: dict[str, Any], tmp_path: Path) -> No
     config = write_config(tmp_path / "config.yaml", settings)
     text = (tmp_path / "finance.jsonl").read_text("utf-8").replace('"finance"', '"finanças – 金融"')
     (tmp_path / "finance.jsonl").write_text(text, "utf-8")
-    run = child("run", config, "--out", tmp_path / "run", env=PLAIN | {"PYTHONIOENCODING": "latin-1"}, encoding="latin-1")
+    run = child(
+        "run",
+        config,
+        "--out",
+        tmp_path / "run",
+        env=PLAIN | {"PYTHONIOENCODING": "latin-1"},
+        encoding="latin-1",
+    )
     out, err = run.communicate(timeout=300)
     assert run.returncode == 0, err
     assert "DeepFusion MoE" in out
@@ -340,7 +384,9 @@ def test_a_reader_that_leaves_early_is_no_defect(invoke: Callable[..., Outcome])
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_end_a_command_in_one_line(number: int, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_signals_end_a_command_in_one_line(
+    number: int, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def command() -> None:
         os.kill(os.getpid(), number)
         time.sleep(10)
@@ -360,7 +406,9 @@ def test_signals_end_a_command_in_one_line(number: int, code: int, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_run_with_workers_ends_at_a_signal(number: int, code: int, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_with_workers_ends_at_a_signal(
+    number: int, code: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
     """Ctrl-C reaches all processes of a terminal; a supervisor's SIGTERM only the first."""
     config = write_config(tmp_path / "config.yaml", overlay(settings, jobs=2, device={"steps": 2000}))
     run = child("run", config, "--out", tmp_path / "run", start_new_session=True)
@@ -388,10 +436,23 @@ def test_a_run_with_workers_ends_at_a_signal(number: int, code: int, settings: d
 
 
 @pytest.mark.slow
-def test_warnings_of_libraries_stay_off_the_terminal(zoo: dict[str, Path], settings: dict[str, Any], tmp_path: Path) -> None:
+def test_warnings_of_libraries_stay_off_the_terminal(
+    zoo: dict[str, Path], settings: dict[str, Any], tmp_path: Path
+) -> None:
     """LoRA: peft and transformers warn of each other's old names."""
-    call = ("device", "train", "--data", tmp_path / "medicine.jsonl", "--out", tmp_path / "upload", "--type", zoo["mini-llama"])
-    trained = child(*call, "--set", "device.method=lora", "--set", "device.steps=1", "--set", "device.batch_size=2")
+    call = (
+        "device",
+        "train",
+        "--data",
+        tmp_path / "medicine.jsonl",
+        "--out",
+        tmp_path / "upload",
+        "--type",
+        zoo["mini-llama"],
+    )
+    trained = child(
+        *call, "--set", "device.method=lora", "--set", "device.steps=1", "--set", "device.batch_size=2"
+    )
     out, err = trained.communicate(timeout=300)
     assert trained.returncode == 0, err
     assert "held-out loss" in out
@@ -402,5 +463,9 @@ def test_warnings_of_libraries_stay_off_the_terminal(zoo: dict[str, Path], setti
 def test_only_the_command_line_silences_warnings() -> None:
     """Whoever imports the library sees what it warns of."""
     root = Path(terminal.__file__).parents[1]
-    silencing = [path for path in root.rglob("*.py") if re.search(r"filterwarnings|simplefilter", path.read_text("utf-8"))]
+    silencing = [
+        path
+        for path in root.rglob("*.py")
+        if re.search(r"filterwarnings|simplefilter", path.read_text("utf-8"))
+    ]
     assert silencing == [root / "cli" / "terminal.py"]

@@ -61,7 +61,12 @@ def stop_at(step: int) -> Any:
 
 
 def fit(
-    net: Net, work: Path, items: Sequence[Tensor], make: Any = collate, seconds: float = 1e-6, end_share: float = 0.0
+    net: Net,
+    work: Path,
+    items: Sequence[Tensor],
+    make: Any = collate,
+    seconds: float = 1e-6,
+    end_share: float = 0.0,
 ) -> list[dict[str, float]]:
     return train(
         net, items, make, stage="test", unit="net", work=work, learning_rate=0.05, precision="fp32", seed=3,

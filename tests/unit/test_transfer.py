@@ -38,7 +38,11 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
 
 
 def check_arrived(device: Device, receipt: dict[str, object]) -> None:
-    assert (receipt["device"], receipt["digest"], receipt["state"]) == (device.name, device.offer.digest, "done")
+    assert (receipt["device"], receipt["digest"], receipt["state"]) == (
+        device.name,
+        device.offer.digest,
+        "done",
+    )
     assert {path.name: sha256_file(path) for path in device.received.iterdir()} == {
         file.name: file.sha256 for file in device.offer.files
     }
@@ -164,7 +168,9 @@ def test_files_that_take_long_to_verify(tmp_path: Path, monkeypatch: pytest.Monk
     app = create_app(gateway.home, gateway.run, FederationSection(), gateway.superlink)
     certificate, key = gateway.home.certificate, gateway.home.certificate_key
     server = uvicorn.Server(
-        uvicorn.Config(app, port=gateway.port, ssl_certfile=certificate, ssl_keyfile=key, log_level="error", ws="none")
+        uvicorn.Config(
+            app, port=gateway.port, ssl_certfile=certificate, ssl_keyfile=key, log_level="error", ws="none"
+        )
     )
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -237,7 +243,10 @@ def test_a_full_server_is_waited_for(gateway: Gateway, capfd: pytest.CaptureFixt
         hand_in(impatient, device.folder, device.offer, ticket)
     assert "no room" in str(caught.value)
     said = capfd.readouterr().err
-    assert f"[device] cannot go on at 127.0.0.1:{gateway.port} for 0:00, still trying (the server has no room" in said
+    assert (
+        f"[device] cannot go on at 127.0.0.1:{gateway.port} for 0:00, still trying (the server has no room"
+        in said
+    )
 
 
 def test_a_server_that_is_away_is_waited_for(gateway: Gateway) -> None:

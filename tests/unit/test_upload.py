@@ -111,14 +111,22 @@ def test_a_card_from_before_there_were_encodings_is_one_of_plain_weights(upload:
 
 def test_the_card_takes_no_other_field_and_no_odd_device(upload: Path) -> None:
     values = read_card(upload).model_dump()
-    for change in ({"text": "private"}, {"device": "../x"}, {"device": ".."}, {"device": ""}, {"embedding": [3.0, 4.0]}):
+    for change in (
+        {"text": "private"},
+        {"device": "../x"},
+        {"device": ".."},
+        {"device": ""},
+        {"embedding": [3.0, 4.0]},
+    ):
         with pytest.raises(ValueError, match=next(iter(change))):
             Card.model_validate(values | change)
 
 
 @pytest.mark.parametrize("encoding", ["delta8", "delta4"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "olmo", "bloom"])
-def test_a_compact_upload_is_sound_and_of_the_type_of_full_ones(kind: str, encoding: Encoding, tmp_path: Path) -> None:
+def test_a_compact_upload_is_sound_and_of_the_type_of_full_ones(
+    kind: str, encoding: Encoding, tmp_path: Path
+) -> None:
     save_checkpoint(tmp_path / "base", kind)
     model = save_compact_upload(tmp_path / "d", tmp_path / "base", encoding)
     assert codes(tmp_path / "d", bases={str(tmp_path / "base")}) == set()
@@ -126,8 +134,13 @@ def test_a_compact_upload_is_sound_and_of_the_type_of_full_ones(kind: str, encod
     check_offer(read_offer(tmp_path / "d"), "d", LIMIT)
     model.save_pretrained(tmp_path / "full")
     save_tokenizer(tmp_path / "full")
-    assert type_signature(tmp_path / "full", read_card(tmp_path / "d").base_digest) == read_card(tmp_path / "d").signature
-    stored = (tmp_path / "d" / "delta.safetensors").stat().st_size / (tmp_path / "full" / "model.safetensors").stat().st_size
+    assert (
+        type_signature(tmp_path / "full", read_card(tmp_path / "d").base_digest)
+        == read_card(tmp_path / "d").signature
+    )
+    stored = (tmp_path / "d" / "delta.safetensors").stat().st_size / (
+        tmp_path / "full" / "model.safetensors"
+    ).stat().st_size
     assert stored < {"delta8": 0.5, "delta4": 0.4}[encoding]  # of a model so small the header takes much
 
 
@@ -195,7 +208,9 @@ SIGNED = {
     "bad-tokenizer": lambda folder: (folder / "tokenizer.json").write_text("{}"),
     "unknown-file": lambda folder: (folder / "notes.docx").write_text("x"),
     "code-file": lambda folder: (folder / "pytorch_model.bin").write_bytes(b"\x80\x04."),
-    "weights-extra": lambda folder: shutil.copy(folder / "model.safetensors", folder / "adapter_model.safetensors"),
+    "weights-extra": lambda folder: shutil.copy(
+        folder / "model.safetensors", folder / "adapter_model.safetensors"
+    ),
 }
 
 
@@ -318,16 +333,37 @@ LIES = {
     "NaN scale": ("non-finite", recode(lambda t: t[f"{BIAS}.scales"].fill_(float("nan")))),
     "infinite scale": ("non-finite", recode(lambda t: t[f"{BIAS}.scales"].fill_(float("inf")))),
     "large scale": ("non-finite", recode(lambda t: t[f"{BIAS}.scales"].fill_(1e6))),
-    "a code too few": ("shape-mismatch", recode(lambda t: t.update({f"{BIAS}.codes": t[f"{BIAS}.codes"][:-1].clone()}))),
-    "a code too many": ("shape-mismatch", recode(lambda t: t.update({f"{BIAS}.codes": torch.zeros(17, dtype=torch.int8)}))),
-    "a scale too many": ("shape-mismatch", recode(lambda t: t.update({f"{BIAS}.scales": torch.zeros(2, dtype=torch.bfloat16)}))),
-    "codes of 4 bits": ("shape-mismatch", recode(lambda t: t.update({f"{BIAS}.codes": torch.zeros(8, dtype=torch.uint8)}))),
-    "codes of 32 bits": ("dtype", recode(lambda t: t.update({f"{BIAS}.codes": torch.zeros(16, dtype=torch.int32)}))),
+    "a code too few": (
+        "shape-mismatch",
+        recode(lambda t: t.update({f"{BIAS}.codes": t[f"{BIAS}.codes"][:-1].clone()})),
+    ),
+    "a code too many": (
+        "shape-mismatch",
+        recode(lambda t: t.update({f"{BIAS}.codes": torch.zeros(17, dtype=torch.int8)})),
+    ),
+    "a scale too many": (
+        "shape-mismatch",
+        recode(lambda t: t.update({f"{BIAS}.scales": torch.zeros(2, dtype=torch.bfloat16)})),
+    ),
+    "codes of 4 bits": (
+        "shape-mismatch",
+        recode(lambda t: t.update({f"{BIAS}.codes": torch.zeros(8, dtype=torch.uint8)})),
+    ),
+    "codes of 32 bits": (
+        "dtype",
+        recode(lambda t: t.update({f"{BIAS}.codes": torch.zeros(16, dtype=torch.int32)})),
+    ),
     "other scales": ("dtype", recode(lambda t: t.update({f"{BIAS}.scales": torch.zeros(1)}))),
     "no scales": ("tensor-missing", recode(lambda t: t.pop(f"{BIAS}.scales"))),
     "no codes": ("tensor-missing", recode(lambda t: t.pop(f"{BIAS}.codes"))),
-    "another tensor": ("tensor-extra", recode(lambda t: t.update({"backdoor.codes": torch.zeros(1, dtype=torch.int8)}))),
-    "a tied copy": ("tensor-extra", recode(lambda t: t.update({"lm_head.weight.codes": torch.zeros(1, dtype=torch.int8)}))),
+    "another tensor": (
+        "tensor-extra",
+        recode(lambda t: t.update({"backdoor.codes": torch.zeros(1, dtype=torch.int8)})),
+    ),
+    "a tied copy": (
+        "tensor-extra",
+        recode(lambda t: t.update({"lm_head.weight.codes": torch.zeros(1, dtype=torch.int8)})),
+    ),
     "a third part": ("tensor-extra", recode(lambda t: t.update({f"{BIAS}.zeros": torch.zeros(1)}))),
     "plain weights": ("tensor-extra", recode(lambda t: t.update({"weight": torch.zeros(1)}))),
     "another version": ("delta-version", recode(lambda t: None, deepfusion_delta="2")),
@@ -373,7 +409,9 @@ def test_any_bytes_in_place_of_a_change_end_in_a_verdict(data: st.DataObject, co
         content = bytearray((folder / "delta.safetensors").read_bytes())
         start = data.draw(st.integers(0, len(content)))
         content[start : start + data.draw(st.integers(0, 40))] = data.draw(st.binary(max_size=40))
-        (folder / "delta.safetensors").write_bytes(data.draw(st.sampled_from([content, content[start:], content[:start]])))
+        (folder / "delta.safetensors").write_bytes(
+            data.draw(st.sampled_from([content, content[start:], content[:start]]))
+        )
         sign_again(folder)
         assert all(problem.code and problem.message for problem in check_upload(folder, LIMIT))
 
@@ -402,7 +440,9 @@ def test_any_flipped_byte_is_found_and_nothing_is_raised(data: st.DataObject, so
 
 
 @settings(max_examples=40, deadline=None)
-@given(name=st.text(st.characters(exclude_characters="/\0", exclude_categories=("Cs",)), min_size=1, max_size=40))
+@given(
+    name=st.text(st.characters(exclude_characters="/\0", exclude_categories=("Cs",)), min_size=1, max_size=40)
+)
 def test_no_other_file_slips_in(name: str, sound: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(shutil.copytree(sound, Path(scratch) / "d00"))

@@ -21,7 +21,9 @@ def words(*ends: int) -> np.ndarray:
     return np.array([(0, 0), *zip(starts, ends, strict=True), (0, 0)])
 
 
-def inputs(tokens: int = 12, seed: int = 0) -> tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor], torch.Tensor]:
+def inputs(
+    tokens: int = 12, seed: int = 0
+) -> tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor], torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     spans = PATCHES // STAGES
     student, teacher = words(*range(2, 2 * tokens, 2)), words(*range(3, 2 * tokens, 3))
@@ -34,7 +36,9 @@ def inputs(tokens: int = 12, seed: int = 0) -> tuple[list[torch.Tensor], torch.T
     )
 
 
-@pytest.mark.parametrize(("layers", "stages", "ends"), [(6, 3, [2, 4, 6]), (6, 4, [1, 3, 4, 6]), (2, 2, [1, 2]), (5, 1, [5])])
+@pytest.mark.parametrize(
+    ("layers", "stages", "ends"), [(6, 3, [2, 4, 6]), (6, 4, [1, 3, 4, 6]), (2, 2, [1, 2]), (5, 1, [5])]
+)
 def test_stage_ends(layers: int, stages: int, ends: list[int]) -> None:
     assert stage_ends(layers, stages) == ends
 
@@ -95,7 +99,9 @@ def test_loss_is_that_of_the_formula() -> None:
     student, student_pool, teacher, teacher_pool = inputs()
     spans, width = module.spans, 8
     patches = []
-    for conv, states in zip(module.patchify, student, strict=True):  # [DF eq. 7], each patch joins `kernel` sub-spans
+    for conv, states in zip(
+        module.patchify, student, strict=True
+    ):  # [DF eq. 7], each patch joins `kernel` sub-spans
         pooled = (student_pool @ states)[0].reshape(spans, KERNEL, 16)
         patches.append(torch.einsum("pkc,dck->pd", pooled, conv.weight) + conv.bias)
     features = torch.cat(patches)
@@ -161,7 +167,9 @@ def stage_gradients(mode: str, causal: bool, teacher_stage: int, teacher_span: i
     only[0, teacher_span] = teacher_pool[0, teacher_span]
     difference = module(student, student_pool, moved, only) - module(student, student_pool, teacher, only)
     grads = torch.autograd.grad(difference, student, allow_unused=True)
-    return torch.stack([g.abs().sum((0, 2)) if g is not None else torch.zeros(student_pool.shape[-1]) for g in grads])
+    return torch.stack(
+        [g.abs().sum((0, 2)) if g is not None else torch.zeros(student_pool.shape[-1]) for g in grads]
+    )
 
 
 def test_attention_sees_all_stages_and_spans_and_direct_only_its_own() -> None:
@@ -182,7 +190,9 @@ def test_causal_attention_does_not_see_later_spans() -> None:
     assert (grads[:, 1:3] > 0).all()
 
 
-@pytest.mark.parametrize(("change", "code"), [({"patches": 7}, "patches-not-divisible"), ({"heads": 3}, "width-not-divisible")])
+@pytest.mark.parametrize(
+    ("change", "code"), [({"patches": 7}, "patches-not-divisible"), ({"heads": 3}, "width-not-divisible")]
+)
 def test_bad_sizes_are_user_errors(change: dict, code: str) -> None:
     with pytest.raises(InputError, match=code):
         ViewAlignedAttention(16, 12, **SETTINGS | change)

@@ -1,4 +1,6 @@
-"""The command line, a file for each group of commands: parse, call, print. Exit codes: 0 done, 2 bad input, 1 a defect."""
+"""The command line, a file for each group of commands: parse, call, print. Exit codes: 0 done, 2 bad input, 1 a
+defect.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait halve the speed of a shared machine
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # threads that spin while they wait halve the speed of a shared machine
 
 
 def main() -> None:

@@ -37,7 +37,9 @@ def config_check(config: ConfigFile = None, set: Overrides = None, json_: Json =
     splits = make_splits(checked)
     facts = {
         "ok": True,
-        "devices": {str(d.id): {"type": d.type, "documents": len(splits.private[str(d.id)])} for d in splits.devices},
+        "devices": {
+            str(d.id): {"type": d.type, "documents": len(splits.private[str(d.id)])} for d in splits.devices
+        },
         "public_documents": len(splits.public),
         "test_documents": len(splits.test),
         "base": str(base),
@@ -48,13 +50,24 @@ def config_check(config: ConfigFile = None, set: Overrides = None, json_: Json =
 
 
 @config_app.command("explain")
-def config_explain(key: Annotated[str | None, typer.Argument(help="only keys that begin so")] = None, json_: Json = False) -> None:
+def config_explain(
+    key: Annotated[str | None, typer.Argument(help="only keys that begin so")] = None, json_: Json = False
+) -> None:
     """Print every key with its type, default and meaning."""
-    rows = [row for row in explain() if key is None or row[0] == key or row[0].startswith(f"{key.rstrip('.')}.")]
+    rows = [
+        row for row in explain() if key is None or row[0] == key or row[0].startswith(f"{key.rstrip('.')}.")
+    ]
     if not rows:
         near = nearest_key(key or "")
-        raise InputError(f"unknown key {key}", fix=f"did you mean {near}?" if near else None, code="unknown-key")
+        raise InputError(
+            f"unknown key {key}", fix=f"did you mean {near}?" if near else None, code="unknown-key"
+        )
     if json_:
-        return print_json({name: {"type": kind, "default": plain(value), "meaning": text} for name, kind, value, text in rows})
+        return print_json(
+            {
+                name: {"type": kind, "default": plain(value), "meaning": text}
+                for name, kind, value, text in rows
+            }
+        )
     for name, kind, default, text in rows:
         print(f"{name}  ({kind}; default {plain(default)})\n    {text}")

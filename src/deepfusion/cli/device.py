@@ -21,9 +21,13 @@ device_app = typer.Typer(help="One device, on its own machine.", no_args_is_help
 @device_app.command("plan")
 def device_plan(
     memory: Annotated[str, typer.Option(help="memory that training may take, such as 4GB")],
-    text: Annotated[Path | None, typer.Option(help="JSONL file of the device, for the length of its texts")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="JSONL file of the device, for the length of its texts")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=MOST_BATCH, help="documents per step")] = 8,
-    types: Annotated[list[str] | None, typer.Option("--type", help="consider this type (repeatable); default: all presets")] = None,
+    types: Annotated[
+        list[str] | None, typer.Option("--type", help="consider this type (repeatable); default: all presets")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Which model types and training methods fit into this device's memory, with the estimate."""
@@ -38,7 +42,12 @@ def device_plan(
         return print_json(plan)
     table = Table("type", "method", "estimated", "needs", title=f"fits in {memory}")
     for row in plan["fits"]:
-        table.add_row(escape(row["type"]), row["method"], f"{row['estimated_bytes'] / 2**30:.2f} GiB", escape(row["needs"]))
+        table.add_row(
+            escape(row["type"]),
+            row["method"],
+            f"{row['estimated_bytes'] / 2**30:.2f} GiB",
+            escape(row["needs"]),
+        )
     rich.print(table)
     chosen = plan["chosen"]
     if chosen is None:
@@ -53,9 +62,13 @@ def device_train(
     config: ConfigFile = None,
     data: Annotated[Path, typer.Option(help="private JSONL file")] = Path("private.jsonl"),
     out: Annotated[Path, typer.Option(help="upload folder to write")] = Path("upload"),
-    type: Annotated[str | None, typer.Option(help="model type; default: the largest of device.types that fits --memory")] = None,
+    type: Annotated[
+        str | None, typer.Option(help="model type; default: the largest of device.types that fits --memory")
+    ] = None,
     memory: Annotated[str | None, typer.Option(help="memory that training may take, such as 4GB")] = None,
-    id: Annotated[str | None, typer.Option(help="name of this device; default: the name of the upload folder")] = None,
+    id: Annotated[
+        str | None, typer.Option(help="name of this device; default: the name of the upload folder")
+    ] = None,
     set: Overrides = None,
     json_: Json = False,
 ) -> None:
@@ -71,8 +84,7 @@ def device_train(
 
 @device_app.command("check")
 def device_check(
-    upload: Annotated[Path, typer.Argument(help="an upload folder")],
-    json_: Json = False,
+    upload: Annotated[Path, typer.Argument(help="an upload folder")], json_: Json = False
 ) -> None:
     """Validate an upload folder as the server will."""
     from deepfusion.config import FederationSection
@@ -94,13 +106,23 @@ def device_check(
 def device_join(
     server: Annotated[str, typer.Option(help="HOST:PORT of the server")],
     data: Annotated[Path | None, typer.Option(help="private JSONL file to train on")] = None,
-    upload: Annotated[Path | None, typer.Option(help="or an upload folder that device train made before")] = None,
+    upload: Annotated[
+        Path | None, typer.Option(help="or an upload folder that device train made before")
+    ] = None,
     out: Annotated[Path, typer.Option(help="upload folder to write")] = Path("upload"),
-    type: Annotated[str | None, typer.Option(help="model type; default: the largest suggested one that fits --memory")] = None,
+    type: Annotated[
+        str | None, typer.Option(help="model type; default: the largest suggested one that fits --memory")
+    ] = None,
     memory: Annotated[str | None, typer.Option(help="memory that training may take, such as 4GB")] = None,
-    ca_sha256: Annotated[str | None, typer.Option(help="digest of the server's private authority, from the operator")] = None,
-    ca: Annotated[Path | None, typer.Option(help="or its certificate as a PEM file; default: public authorities")] = None,
-    home: Annotated[Path, typer.Option(help="where this device's key is kept")] = Path("~/.deepfusion/device"),
+    ca_sha256: Annotated[
+        str | None, typer.Option(help="digest of the server's private authority, from the operator")
+    ] = None,
+    ca: Annotated[
+        Path | None, typer.Option(help="or its certificate as a PEM file; default: public authorities")
+    ] = None,
+    home: Annotated[Path, typer.Option(help="where this device's key is kept")] = Path(
+        "~/.deepfusion/device"
+    ),
     json_: Json = False,
 ) -> None:
     """Take part in a federation: train on a private file, hand the model in once, get a receipt."""
@@ -108,11 +130,15 @@ def device_join(
     from deepfusion.federation.device.join import join
 
     if (data is None) == (upload is None):
-        raise InputError("give either --data or --upload", allowed="--data FILE.jsonl | --upload FOLDER", code="bad-input")
+        raise InputError(
+            "give either --data or --upload", allowed="--data FILE.jsonl | --upload FOLDER", code="bad-input"
+        )
     receipt = join(
         server, home, folder=upload or out, data=data, ca=ca, ca_sha256=ca_sha256, type=type, memory=memory
     )  # fmt: skip
     if json_:
         return print_json(receipt)
     when = "" if receipt["state"] == "done" else "; the run had begun without it, it is kept for the next"
-    print(f"handed in as {receipt['device']}: {receipt['size']:,} bytes, digest {receipt['digest'][:16]}{when}")
+    print(
+        f"handed in as {receipt['device']}: {receipt['size']:,} bytes, digest {receipt['digest'][:16]}{when}"
+    )

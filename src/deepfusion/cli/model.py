@@ -28,18 +28,28 @@ def _temperature(value: float) -> float:
 def evaluate(
     model: Annotated[Path, typer.Argument(help="a checkpoint folder")],
     data: Annotated[str, typer.Option(help="JSONL file, or any data source")],
-    max_chars: Annotated[int, typer.Option(min=64, max=MOST_CHARS, help="longer texts are cut into windows")] = 1024,
+    max_chars: Annotated[
+        int, typer.Option(min=64, max=MOST_CHARS, help="longer texts are cut into windows")
+    ] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, max=MOST_BATCH, help="windows per forward pass")] = 16,
-    judge: Annotated[str | None, typer.Option(help="URL of an OpenAI-compatible API that scores open answers, 0 to 100")] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="URL of an OpenAI-compatible API that scores open answers, 0 to 100")
+    ] = None,
     judge_model: Annotated[str | None, typer.Option(help="name of the judging model there")] = None,
     judge_documents: Annotated[
-        int | None, typer.Option(min=1, max=MOST_DOCUMENTS, help="judge at most so many answers; default: all")
+        int | None,
+        typer.Option(min=1, max=MOST_DOCUMENTS, help="judge at most so many answers; default: all"),
     ] = None,
-    judge_cache: Annotated[Path | None, typer.Option(help="JSONL file of scores; what stands there costs nothing")] = None,
-    judge_prices: Annotated[str | None, typer.Option(help="IN,OUT per million tokens, to reckon the cost")] = None,
+    judge_cache: Annotated[
+        Path | None, typer.Option(help="JSONL file of scores; what stands there costs nothing")
+    ] = None,
+    judge_prices: Annotated[
+        str | None, typer.Option(help="IN,OUT per million tokens, to reckon the cost")
+    ] = None,
     json_: Json = False,
 ) -> None:
-    """Log-perplexity, perplexity, bits per byte, token and multiple-choice accuracy on held-out text, judged answers."""
+    """Log-perplexity, perplexity, bits per byte, token and multiple-choice accuracy on held-out text, judged
+    answers."""
     from deepfusion.learning.metrics import evaluate_model
     from deepfusion.models.loading import load_model, load_tokenizer
     from deepfusion.models.presets import resolve
@@ -70,7 +80,8 @@ def evaluate(
     if judged:
         cost = "" if judged["cost"] is None else f", cost {judged['cost']:.4f}"
         print(
-            f"judge {judged['model']}: {judged['scored']} scored, {judged['unscored']} unscored, {judged['cached']} cached, "
+            f"judge {judged['model']}: {judged['scored']} scored, {judged['unscored']} unscored, "
+            f"{judged['cached']} cached, "
             f"{judged['prompt_tokens']} + {judged['completion_tokens']} tokens{cost}"
         )
 
@@ -83,7 +94,9 @@ def generate(
     temperature: Annotated[
         float, typer.Option(callback=_temperature, help="0: always the likeliest token; else 0.01 to 100")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="seed of what is drawn at a temperature")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="seed of what is drawn at a temperature")
+    ] = 0,
     json_: Json = False,
 ) -> None:
     """Continue a prompt."""
@@ -92,19 +105,33 @@ def generate(
     from deepfusion.models.presets import resolve
 
     folder = resolve(str(model))
-    text, tokens = complete(load_model(folder, "auto"), load_tokenizer(folder), prompt, max_new_tokens, temperature, seed)
+    text, tokens = complete(
+        load_model(folder, "auto"), load_tokenizer(folder), prompt, max_new_tokens, temperature, seed
+    )
     if json_:
         return print_json({"prompt": prompt, "completion": text, "tokens": tokens})
     print(prompt + text)
 
 
 def _metrics_table(title: str, result: dict[str, Any]) -> Table:
-    """Domain by domain, the mean over domains, which is the headline, and the figures over all tokens; losses are per token."""
-    shown = {"log_perplexity": ("nats", ".4f"), "bits_per_byte": ("bits/byte", ".4f"), "token_accuracy": ("accuracy", ".2%")}
+    """Domain by domain, the mean over domains, which is the headline, and the figures over all tokens; losses are per
+    token.
+    """
+    shown = {
+        "log_perplexity": ("nats", ".4f"),
+        "bits_per_byte": ("bits/byte", ".4f"),
+        "token_accuracy": ("accuracy", ".2%"),
+    }
     if result["acc"] is not None:
-        shown |= {"choice_accuracy": ("choice", ".2%"), "acc": ("acc", ".2%"), "acc_norm": ("acc_norm", ".2%")}
+        shown |= {
+            "choice_accuracy": ("choice", ".2%"),
+            "acc": ("acc", ".2%"),
+            "acc_norm": ("acc_norm", ".2%"),
+        }
     judged = result["judge"]
-    scores: dict[str, Any] = {name: row["score"] for name, row in judged["by_domain"].items()} if judged else {}
+    scores: dict[str, Any] = (
+        {name: row["score"] for name, row in judged["by_domain"].items()} if judged else {}
+    )
     table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("domain", overflow="fold", min_width=len("mean over domains"))
     for heading in [*(heading for heading, _ in shown.values()), "tokens", *(["judge"] if judged else [])]:

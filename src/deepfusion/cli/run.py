@@ -23,7 +23,9 @@ run_app = typer.Typer()
 @run_app.command("run")
 def run_command(
     config: ConfigFile = None,
-    out: Annotated[Path, typer.Option(help="run folder; a second run continues or redoes what changed")] = Path("runs/quickstart"),
+    out: Annotated[
+        Path, typer.Option(help="run folder; a second run continues or redoes what changed")
+    ] = Path("runs/quickstart"),
     set: Overrides = None,
     first: From = None,
     last: Until = None,
@@ -38,7 +40,9 @@ def run_command(
 
 @run_app.command()
 def fuse(
-    uploads: Annotated[Path, typer.Argument(help="a folder of uploads, or of plain Hugging Face checkpoints")],
+    uploads: Annotated[
+        Path, typer.Argument(help="a folder of uploads, or of plain Hugging Face checkpoints")
+    ],
     config: Annotated[Path | None, typer.Argument(help="YAML config; default: data-free fusion")] = None,
     out: Annotated[Path, typer.Option(help="run folder")] = Path("runs/fuse"),
     set: Overrides = None,
@@ -82,7 +86,10 @@ def status(run: Run, json_: Json = False) -> None:
         devices = Table("device", "state", "upload bytes", "")
         for row in state["devices"]:
             devices.add_row(
-                row["device"], row["state"], f"{row['received_bytes']:,} of {row['upload_bytes']:,}", escape(row["detail"])
+                row["device"],
+                row["state"],
+                f"{row['received_bytes']:,} of {row['upload_bytes']:,}",
+                escape(row["detail"]),
             )
         rich.print(devices)
 

@@ -19,16 +19,26 @@ ServerHome = Annotated[Path, typer.Option(help="folder of the server's keys and 
 
 @server_app.command("start")
 def server_start(
-    config: Annotated[Path | None, typer.Argument(help="YAML config; default: fusion without public text")] = None,
-    out: Annotated[Path, typer.Option(help="run folder; started again with the same, the run goes on")] = Path("runs/federation"),
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML config; default: fusion without public text")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="run folder; started again with the same, the run goes on")
+    ] = Path("runs/federation"),
     host: Annotated[str, typer.Option(help="address to listen on")] = "0.0.0.0",
     port: Annotated[int, typer.Option(min=1, max=65535, help="the one port that devices must reach")] = 9443,
-    public: Annotated[list[str] | None, typer.Option(help="name or address of this machine for devices (repeatable)")] = None,
-    certificate: Annotated[Path | None, typer.Option(help="PEM chain of a public authority; default: a private one")] = None,
+    public: Annotated[
+        list[str] | None, typer.Option(help="name or address of this machine for devices (repeatable)")
+    ] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(help="PEM chain of a public authority; default: a private one")
+    ] = None,
     certificate_key: Annotated[Path | None, typer.Option(help="its private key, mode 0600")] = None,
     home: ServerHome = Path("~/.deepfusion/server"),
     stay: Annotated[bool, typer.Option(help="stay after the model is made and keep late uploads")] = False,
-    embedded: Annotated[bool, typer.Option(help="simulate the devices of the config in this process, without a network")] = False,
+    embedded: Annotated[
+        bool, typer.Option(help="simulate the devices of the config in this process, without a network")
+    ] = False,
     set: Overrides = None,
     json_: Json = False,
 ) -> None:
@@ -46,7 +56,8 @@ def server_start(
         from deepfusion.federation.server.start import start
 
         start(
-            load_config(config or CONFIGS / "fuse.yaml", set or []), out, Home(home), host=host, port=port, public=public,
+            load_config(config or CONFIGS / "fuse.yaml", set or []), out, Home(home), host=host, port=port,
+            public=public,
             certificate=certificate, certificate_key=certificate_key, stay=stay,
         )  # fmt: skip
     print_outcome(out, json_)
@@ -87,7 +98,10 @@ def server_devices(home: ServerHome = Path("~/.deepfusion/server"), json_: Json 
     from deepfusion.federation.server.home import Home
 
     devices = Home(home).devices.values()
-    rows = [{"device": d.device, "key": fingerprint(parse_public_line(d.key)), "revoked": d.revoked} for d in devices]
+    rows = [
+        {"device": d.device, "key": fingerprint(parse_public_line(d.key)), "revoked": d.revoked}
+        for d in devices
+    ]
     if json_:
         return print_json({"devices": rows})
     table = Table("device", "key", "")

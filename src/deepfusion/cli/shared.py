@@ -23,7 +23,9 @@ Run = Annotated[Path, typer.Argument(help="a run folder")]
 
 def need_flower() -> None:
     if find_spec("flwr") is None:
-        raise InputError("the federation needs Flower", fix="pip install deepfusion[federation]", code="no-flower")
+        raise InputError(
+            "the federation needs Flower", fix="pip install deepfusion[federation]", code="no-flower"
+        )
 
 
 def plain(value: Any) -> Any:
@@ -39,7 +41,9 @@ def print_outcome(run: Path, json_: bool) -> None:
     final, page = run / "moe" / "final", run / "report" / "index.html"
     if json_:
         done = json.loads(evaluation.read_text("utf-8")) if evaluation.is_file() else None
-        return print_json({"run": str(run), "checkpoint": str(final), "report": str(page), "evaluation": done})
+        return print_json(
+            {"run": str(run), "checkpoint": str(final), "report": str(page), "evaluation": done}
+        )
     if evaluation.is_file():
         from deepfusion.report.page import summary_table
 

@@ -56,7 +56,8 @@ def prepare() -> None:
 
 
 def run(command: Callable[[], object]) -> int:
-    """Run a command of the command line; its exit code. Whatever a user can cause ends in at most one line on stderr."""
+    """Run a command of the command line; its exit code. Whatever a user can cause ends in at most one line on
+    stderr."""
     global _terminated  # noqa: PLW0603 - a signal reaches the whole process
     _terminated = False
     with _terminable():
@@ -96,7 +97,9 @@ def run(command: Callable[[], object]) -> int:
 
 def usage_error(error: Any) -> InputError:
     """What the parser of the command line says, as one line of ours."""
-    what, *hints = re.split(r"\s*\(?(?:Did you mean|Possible options:)\s*", " ".join(error.format_message().split()))
+    what, *hints = re.split(
+        r"\s*\(?(?:Did you mean|Possible options:)\s*", " ".join(error.format_message().split())
+    )
     what = re.sub(r"'(-{1,2}[\w-]+)'", r"\1", what).rstrip(". ")
     command = error.ctx.command_path if error.ctx else "deepfusion"
     hint = re.sub(r"'(-{0,2}[\w-]+)'", r"\1", hints[0]).rstrip("?). ") if hints else ""
@@ -110,7 +113,9 @@ def utf8() -> bool:
 
 
 class _Argument(typer.core.TyperArgument):
-    """An argument that keeps its help: typer 0.20 sets it first, and click 8.5 then sets it to what typer did not tell it."""
+    """An argument that keeps its help: typer 0.20 sets it first, and click 8.5 then sets it to what typer did not
+    tell it.
+    """
 
     def __init__(self, **arguments: object) -> None:
         super().__init__(**arguments)  # type: ignore[arg-type]
@@ -135,7 +140,9 @@ def _no_such_letter(error: UnicodeEncodeError) -> InputError:
 
 
 def _forget(stream: object) -> None:
-    """Nobody reads this stream any more: what is still to be written to it would be an error at the end of the process."""
+    """Nobody reads this stream any more: what is still to be written to it would be an error at the end of the
+    process.
+    """
     with suppress(OSError, AttributeError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[attr-defined]
 

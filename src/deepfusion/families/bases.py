@@ -1,4 +1,6 @@
-"""What a run distils into: the dense base, chosen where nobody named one, against the models that teach it; and its experts."""
+"""What a run distils into: the dense base, chosen where nobody named one, against the models that teach it; and its
+experts.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,11 @@ def layout(config: Config) -> MoELayout:
 
 def teachers_of_config(config: Config) -> list[Teacher]:
     """The types that the devices of a config train; none where a type is on no disk and no hub answers."""
-    specified = [device.type for device in config.devices] if isinstance(config.devices, list) else config.device.types
+    specified = (
+        [device.type for device in config.devices]
+        if isinstance(config.devices, list)
+        else config.device.types
+    )
     found = {}
     for type in dict.fromkeys(specified):
         if (known := _known(type)) is not None:
@@ -70,7 +76,8 @@ def teachers_of_config(config: Config) -> list[Teacher]:
 
 
 def teachers_of_survey(found: Survey) -> list[Teacher]:
-    """What is known of given models before any is read: the plain checkpoints and adapters, which are the user's own."""
+    """What is known of given models before any is read: the plain checkpoints and adapters, which are the user's
+    own."""
     teachers = []
     for model in found.models:
         folder = model.base or model.folder
@@ -86,7 +93,8 @@ def teachers_of_survey(found: Survey) -> list[Teacher]:
 
 
 def settled(asked: Config, run: Path, found: Survey | None) -> tuple[Config, list[Teacher]]:
-    """What is only known after the registry of a run has checked every model: its teachers, and the config made for them.
+    """What is only known after the registry of a run has checked every model: its teachers, and the config made for
+    them.
 
     Args:
         asked: the config as the user gave it.
@@ -106,13 +114,21 @@ def settled(asked: Config, run: Path, found: Survey | None) -> tuple[Config, lis
             known = read_config(folder)
             kinds[entry["signature"]] = known, parameter_total(known)
         teachers.append(
-            Teacher(entry["device"], entry["type"], *kinds[entry["signature"]], folder if entry["device"] in own else None)
+            Teacher(
+                entry["device"],
+                entry["type"],
+                *kinds[entry["signature"]],
+                folder if entry["device"] in own else None,
+            )
         )
     named = found is None or "experts" in asked.model_fields_set
     if named and len(entries) < asked.experts and aside:
-        reasons = "; ".join(f"{name}: {problems[0]['message']} [{problems[0]['code']}]" for name, problems in aside.items())
+        reasons = "; ".join(
+            f"{name}: {problems[0]['message']} [{problems[0]['code']}]" for name, problems in aside.items()
+        )
         raise InputError(
-            f"{len(entries)} sound models are fewer than experts={asked.experts}; set aside: {reasons[:2000]}", where="experts",
+            f"{len(entries)} sound models are fewer than experts={asked.experts}; set aside: "
+            f"{reasons[:2000]}", where="experts",
             fix=f"mend those, or --set experts={len(entries)}", code="fewer-devices-than-experts",
         )  # fmt: skip
     config = asked if found is None else with_experts(asked, len(entries), len(kinds))
@@ -122,8 +138,8 @@ def settled(asked: Config, run: Path, found: Survey | None) -> tuple[Config, lis
 def with_base(config: Config, teachers: Sequence[Teacher]) -> Config:
     """The config with a base for these teachers, and the family that it can become.
 
-    A base that the config names stays. Else it is the largest teacher that can be one (the first by name of equal ones), of the
-    family of the config where that is named. Else it is the tiny base of the family.
+    A base that the config names stays. Else it is the largest teacher that can be one (the first by name of equal
+    ones), of the family of the config where that is named. Else it is the tiny base of the family.
 
     Raises:
         InputError: the base that nobody asked for has less than half as many weights as the largest teacher.
@@ -145,9 +161,11 @@ def with_base(config: Config, teachers: Sequence[Teacher]) -> Config:
     if 2 * weights < largest.weights:
         allowed = BASES[config.family] if named else "a dense llama, qwen2, qwen3, deepseek_v2 or deepseek_v3"
         raise InputError(
-            f"the base {base.name} has {amount(weights)} weights, {largest.name} that it learns from {amount(largest.weights)}",
+            f"the base {base.name} has {amount(weights)} weights, {largest.name} that it learns from "
+            f"{amount(largest.weights)}",
             where="distill.base", allowed=f"at least half as many, unless asked for; {allowed}",
-            fix="--set distill.base=FOLDER_OR_HUB_NAME of a public model, with the family that it becomes (--set family=...)",
+            fix="--set distill.base=FOLDER_OR_HUB_NAME of a public model, with the family that it "
+                "becomes (--set family=...)",
             code="base-too-small",
         )  # fmt: skip
     return config
@@ -173,7 +191,8 @@ def check(config: Config) -> None:
     """Refuses a base whose weights are not sound, before any work.
 
     Raises:
-        InputError: it cannot become an MoE of the family, is not stored as plain weights, or holds NaN or infinite values.
+        InputError: it cannot become an MoE of the family, is not stored as plain weights, or holds NaN or infinite
+            values.
     """
     base = base_checkpoint(config.distill.base, config.family)
     check_base(config.family, read_config(base))
@@ -190,12 +209,17 @@ def describe(config: Config, teachers: Sequence[Teacher], word: str) -> list[str
     folder = base_checkpoint(config.distill.base, config.family)
     base = read_config(folder)
     size = parameter_count(moe_config(base, layout(config)))
-    name = config.distill.base if config.distill.base and not Path(config.distill.base).exists() else folder.name
+    name = (
+        config.distill.base if config.distill.base and not Path(config.distill.base).exists() else folder.name
+    )
     moe = f"{amount(size['total'])} weights, {amount(size['active'])} active per token"
     lines = [f"base {name}: {amount(parameter_total(base))} weights; MoE of {config.experts} experts: {moe}"]
     kinds = Counter((teacher.type, teacher.weights) for teacher in teachers)
     if kinds:
-        parts = ", ".join(f"{count} {type} ({amount(weights)} weights each)" for (type, weights), count in sorted(kinds.items()))
+        parts = ", ".join(
+            f"{count} {type} ({amount(weights)} weights each)"
+            for (type, weights), count in sorted(kinds.items())
+        )
         lines.append(f"{word}: {parts}")
     return lines
 

@@ -51,7 +51,13 @@ from transformers import (
 
 from deepfusion.errors import InputError
 from deepfusion.folders import place_to_replace, whole_folder
-from deepfusion.models.checkpoints import TensorReader, TensorWriter, check_same_tensors, copy_tokenizer, mean_tensor
+from deepfusion.models.checkpoints import (
+    TensorReader,
+    TensorWriter,
+    check_same_tensors,
+    copy_tokenizer,
+    mean_tensor,
+)
 
 FAMILIES = ("qwen2_moe", "qwen3_moe", "deepseek", "deepseek_v2", "deepseek_v3")
 _CLASSES: dict[str, tuple[type[PretrainedConfig], str]] = {
@@ -106,9 +112,16 @@ class MoELayout:
         object.__setattr__(self, "dense_layers", tuple(sorted(set(self.dense_layers))))
         _check_family(self.family)
         if not 1 <= self.top_k <= self.experts:
-            raise InputError(f"top_k={self.top_k}", where="top_k", allowed=f"1..{self.experts} (experts)", code="layout-top-k")
+            raise InputError(
+                f"top_k={self.top_k}",
+                where="top_k",
+                allowed=f"1..{self.experts} (experts)",
+                code="layout-top-k",
+            )
         if self.split < 1:
-            raise InputError(f"split={self.split}", where="merge.split", allowed="1 or more", code="layout-split")
+            raise InputError(
+                f"split={self.split}", where="merge.split", allowed="1 or more", code="layout-split"
+            )
         if self.shared not in ("none", "zero", "average"):
             raise InputError(
                 f"unknown {self.shared!r}",
@@ -117,9 +130,19 @@ class MoELayout:
                 code="layout-shared",
             )
         if self.family == "qwen3_moe" and self.shared != "none":
-            raise InputError("qwen3_moe has no shared expert", where="merge.shared_expert", allowed="none", code="layout-shared")
+            raise InputError(
+                "qwen3_moe has no shared expert",
+                where="merge.shared_expert",
+                allowed="none",
+                code="layout-shared",
+            )
         if self.family == "deepseek_v3" and self.routed == 1:
-            raise InputError("deepseek_v3 needs two routed experts", where="experts", allowed="2 or more", code="layout-experts")
+            raise InputError(
+                "deepseek_v3 needs two routed experts",
+                where="experts",
+                allowed="2 or more",
+                code="layout-experts",
+            )
 
     @property
     def routed(self) -> int:
@@ -141,15 +164,26 @@ def check_base(family: str, base_config: PretrainedConfig) -> None:
         case ("qwen3_moe", "qwen3"):
             fits = not base_config.use_sliding_window
         case ("qwen2_moe", "qwen2_moe") | ("qwen3_moe", "qwen3_moe"):
-            fits = all(_is_dense_qwen_layer(base_config, layer) for layer in range(base_config.num_hidden_layers))
+            fits = all(
+                _is_dense_qwen_layer(base_config, layer) for layer in range(base_config.num_hidden_layers)
+            )
         case ("deepseek", "llama"):
             fits = not base_config.attention_bias and not base_config.mlp_bias
         case ("deepseek_v2", "deepseek_v2"):
-            fits = base_config.first_k_dense_replace >= base_config.num_hidden_layers and not base_config.mlp_bias
+            fits = (
+                base_config.first_k_dense_replace >= base_config.num_hidden_layers
+                and not base_config.mlp_bias
+            )
         case ("deepseek_v3", "deepseek_v3"):
             fits = base_config.first_k_dense_replace >= base_config.num_hidden_layers
-        case ("deepseek_v3", "deepseek_v2"):  # the dense layers are the same; the two scale extended rope differently
-            dense = base_config.first_k_dense_replace >= base_config.num_hidden_layers and not base_config.mlp_bias
+        case (
+            "deepseek_v3",
+            "deepseek_v2",
+        ):  # the dense layers are the same; the two scale extended rope differently
+            dense = (
+                base_config.first_k_dense_replace >= base_config.num_hidden_layers
+                and not base_config.mlp_bias
+            )
             fits = dense and base_config.rope_parameters.get("rope_type", "default") == "default"
         case _:
             fits = False
@@ -197,7 +231,9 @@ def moe_config(base_config: PretrainedConfig, layout: MoELayout) -> PretrainedCo
             "topk_group": 1,
         }
     if config_class is Qwen2MoeConfig:
-        changes["shared_expert_intermediate_size"] = 0 if layout.shared == "none" else base_config.intermediate_size
+        changes["shared_expert_intermediate_size"] = (
+            0 if layout.shared == "none" else base_config.intermediate_size
+        )
         changes["qkv_bias"] = base_config.model_type == "qwen2" or getattr(base_config, "qkv_bias", False)
     elif config_class is DeepseekV2Config:
         changes |= {
@@ -206,7 +242,11 @@ def moe_config(base_config: PretrainedConfig, layout: MoELayout) -> PretrainedCo
             "routed_scaling_factor": layout.experts / layout.top_k,
         }
         if layout.split > 1 and layout.top_k < layout.experts:
-            changes |= {"topk_method": "group_limited_greedy", "n_group": layout.experts, "topk_group": layout.top_k}
+            changes |= {
+                "topk_method": "group_limited_greedy",
+                "n_group": layout.experts,
+                "topk_group": layout.top_k,
+            }
     elif config_class is DeepseekV3Config:
         changes["num_mtp_layers"] = 0  # the merge keeps no multi-token-prediction layers
     config.update(changes)
@@ -235,10 +275,15 @@ def merge_tensors(
     config = moe_config(base_config, layout)
     layers, hidden = base_config.num_hidden_layers, base_config.hidden_size
     if len(readers) != layout.experts:
-        raise InputError(f"{len(readers)} bases", where="bases", allowed=f"{layout.experts} (experts)", code="bases-count")
+        raise InputError(
+            f"{len(readers)} bases", where="bases", allowed=f"{layout.experts} (experts)", code="bases-count"
+        )
     check_same_tensors(readers)
     if router is None:
-        router = torch.randn(layers, layout.experts, hidden, generator=torch.Generator().manual_seed(seed)) * _ROUTER_STD
+        router = (
+            torch.randn(layers, layout.experts, hidden, generator=torch.Generator().manual_seed(seed))
+            * _ROUTER_STD
+        )
     if tuple(router.shape) != (layers, layout.experts, hidden):
         raise InputError(
             f"router of shape {tuple(router.shape)}",
@@ -250,7 +295,11 @@ def merge_tensors(
     for name in readers[0].names():
         ffn, layer = _FFN.fullmatch(name), _LAYER.match(name)
         beyond = layer is not None and int(layer[1]) >= layers
-        if beyond or name.endswith(".inv_freq") or (name == "lm_head.weight" and base_config.tie_word_embeddings):
+        if (
+            beyond
+            or name.endswith(".inv_freq")
+            or (name == "lm_head.weight" and base_config.tie_word_embeddings)
+        ):
             continue
         if ffn is None or int(ffn[2]) in layout.dense_layers:
             yield name, mean_tensor(readers, name)
@@ -267,8 +316,9 @@ def parameter_count(config: PretrainedConfig) -> dict[str, int]:
     """Exact number of parameters of a config, dense or MoE, counted on the meta device.
 
     Returns:
-        {"total", "active", "computing"}: all; those of a token's experts and all that is not a routed expert; of the active ones
-        those that are multiplied with, so no embeddings that are merely looked up. Tied embeddings count once.
+        {"total", "active", "computing"}: all; those of a token's experts and all that is not a routed expert; of
+        the active ones those that are multiplied with, so no embeddings that are merely looked up. Tied embeddings
+        count once.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -279,7 +329,11 @@ def parameter_count(config: PretrainedConfig) -> dict[str, int]:
         routed = getattr(config, "n_routed_experts", None) or config.num_experts
         active -= experts // routed * (routed - config.num_experts_per_tok)
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    return {"total": total, "active": active, "computing": active - (0 if head is embeddings else embeddings.numel())}
+    return {
+        "total": total,
+        "active": active,
+        "computing": active - (0 if head is embeddings else embeddings.numel()),
+    }
 
 
 def is_expert_name(name: str) -> bool:
@@ -316,7 +370,9 @@ def router_logits_by_layer(model: nn.Module) -> Iterator[dict[int, Tensor]]:
         # Every router of transformers returns (logits, weights of the chosen, indices of the chosen).
         logits[layer] = output[0].float()
 
-    gates = [(int(found[1]), module) for name, module in model.named_modules() if (found := _GATE.search(name))]
+    gates = [
+        (int(found[1]), module) for name, module in model.named_modules() if (found := _GATE.search(name))
+    ]
     hooks = [module.register_forward_hook(partial(record, layer)) for layer, module in gates]
     try:
         yield logits
@@ -357,12 +413,19 @@ def export_deepseek_v1(moe_folder: Path | str, out: Path | str) -> None:
                 if name.endswith(".shared_expert_gate.weight"):
                     if tensor.any():
                         raise InputError(
-                            "the shared expert's gate was trained", where=name, fix="keep it frozen", code="export-gate"
+                            "the shared expert's gate was trained",
+                            where=name,
+                            fix="keep it frozen",
+                            code="export-gate",
                         )
                 elif tensor.numel():
                     halve = name.endswith(".shared_expert.down_proj.weight")  # the gate's sigmoid(0) is gone
-                    writer.add(name.replace(".shared_expert.", ".shared_experts."), tensor * 0.5 if halve else tensor)
-        (part / "config.json").write_text(json.dumps(_deepseek_v1_config(config), indent=2, sort_keys=True) + "\n")
+                    writer.add(
+                        name.replace(".shared_expert.", ".shared_experts."), tensor * 0.5 if halve else tensor
+                    )
+        (part / "config.json").write_text(
+            json.dumps(_deepseek_v1_config(config), indent=2, sort_keys=True) + "\n"
+        )
         copy_tokenizer(moe_folder, part)
 
 
@@ -391,16 +454,26 @@ def _deepseek_v1_config(config: PretrainedConfig) -> dict[str, object]:
 
 def _check_family(family: str) -> None:
     if family not in FAMILIES:
-        raise InputError(f"unknown family {family!r}", where="family", allowed=", ".join(FAMILIES), code="family-unknown")
+        raise InputError(
+            f"unknown family {family!r}", where="family", allowed=", ".join(FAMILIES), code="family-unknown"
+        )
 
 
 def _is_dense_qwen_layer(config: PretrainedConfig, layer: int) -> bool:
-    return layer in config.mlp_only_layers or config.num_experts == 0 or (layer + 1) % config.decoder_sparse_step != 0
+    return (
+        layer in config.mlp_only_layers
+        or config.num_experts == 0
+        or (layer + 1) % config.decoder_sparse_step != 0
+    )
 
 
 def _check_sizes(base_config: PretrainedConfig, layout: MoELayout) -> int:
     """Width of a routed expert, after checking that the base's sizes and layers fit the layout."""
-    inner, hidden, layers = base_config.intermediate_size, base_config.hidden_size, base_config.num_hidden_layers
+    inner, hidden, layers = (
+        base_config.intermediate_size,
+        base_config.hidden_size,
+        base_config.num_hidden_layers,
+    )
     if inner % layout.split or inner // layout.split % 8 or hidden % 8:
         # The grouped matrix products that run experts want rows of whole 16 bytes, in bf16 too.
         raise InputError(
@@ -427,7 +500,9 @@ def _check_sizes(base_config: PretrainedConfig, layout: MoELayout) -> int:
     return inner // layout.split
 
 
-def _expert_tensors(layout: MoELayout, readers: Sequence[TensorReader], name: str, width: int) -> Iterator[tuple[str, Tensor]]:
+def _expert_tensors(
+    layout: MoELayout, readers: Sequence[TensorReader], name: str, width: int
+) -> Iterator[tuple[str, Tensor]]:
     """One projection of the routed experts, [width, hidden] or [hidden, width] each, and of the shared expert."""
     found = _FFN.fullmatch(name)
     assert found is not None
@@ -440,7 +515,10 @@ def _expert_tensors(layout: MoELayout, readers: Sequence[TensorReader], name: st
             yield f"{prefix}experts.{expert}.{projection}.weight", piece if scale == 1.0 else piece * scale
     if layout.family == "qwen3_moe":
         return
-    gated = layout.family in ("qwen2_moe", "deepseek")  # its gate of 0 halves the shared expert: sigmoid(0) = 1/2
+    gated = layout.family in (
+        "qwen2_moe",
+        "deepseek",
+    )  # its gate of 0 halves the shared expert: sigmoid(0) = 1/2
     shared_name = f"{prefix}{'shared_expert' if gated else 'shared_experts'}.{projection}.weight"
     if layout.shared == "none":
         rows, columns = readers[0].shape(name)
@@ -453,7 +531,9 @@ def _expert_tensors(layout: MoELayout, readers: Sequence[TensorReader], name: st
     yield shared_name, mean * 0.5 if is_down and not gated else mean
 
 
-def _router_tensors(layout: MoELayout, layer: int, rows: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _router_tensors(
+    layout: MoELayout, layer: int, rows: Tensor, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
     """Router of one layer from `rows` fp32 [K, hidden]; the slices of a base share its row."""
     prefix, hidden = f"model.layers.{layer}.mlp.", rows.shape[1]
     largest = rows.norm(dim=1).max().item()

@@ -1,1 +1,3 @@
-"""Devices on other machines hand in their models once: Flower carries the messages, a resumable HTTPS upload the weights."""
+"""Devices on other machines hand in their models once: Flower carries the messages, a resumable HTTPS upload the
+weights.
+"""

@@ -44,7 +44,9 @@ def device_key(path: Path) -> ec.EllipticCurvePrivateKey:
         write_secret(path, _private_pem(key))
         return key
     if sys.platform != "win32" and path.stat().st_mode & 0o077:  # there the mode does not say who may read
-        raise InputError("others may read this private key", where=path, fix=f"chmod 600 {path}", code="open-secret")
+        raise InputError(
+            "others may read this private key", where=path, fix=f"chmod 600 {path}", code="open-secret"
+        )
     try:
         loaded = serialization.load_pem_private_key(path.read_bytes(), None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
@@ -91,7 +93,9 @@ def fingerprint(key: ec.EllipticCurvePublicKey) -> str:
 def sign(key: ec.EllipticCurvePrivateKey) -> dict[str, str]:
     """Headers that prove, for the next minutes, who sends a request."""
     now = datetime.datetime.now(datetime.UTC).isoformat()
-    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    public = key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
     signature = key.sign(now.encode("ascii"), ec.ECDSA(hashes.SHA256()))
     return {
         KEY_HEADER: base64.b64encode(public).decode("ascii"),
@@ -124,7 +128,9 @@ def signer(headers: httpx.Headers | dict[str, str]) -> ec.EllipticCurvePublicKey
     except InvalidSignature:
         raise Unsigned("the signature is not of this key") from None
     if abs(age) > MAX_CLOCK_SECONDS:
-        raise Unsigned(f"the clocks of device and server differ by {abs(age):.0f} seconds, allowed are {MAX_CLOCK_SECONDS}")
+        raise Unsigned(
+            f"the clocks of device and server differ by {abs(age):.0f} seconds, allowed are {MAX_CLOCK_SECONDS}"
+        )
     return key
 
 
@@ -164,14 +170,18 @@ def issue_certificate(folder: Path, hosts: list[str]) -> None:
         authority_key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
     except OSError:
         fix = "restore it from the back-up; or remove ca.pem, and give all devices the digest of the new one"
-        raise InputError("the key of the authority cannot be read", where=folder / "ca.key", fix=fix, code="no-ca-key") from None
+        raise InputError(
+            "the key of the authority cannot be read", where=folder / "ca.key", fix=fix, code="no-ca-key"
+        ) from None
     assert isinstance(authority_key, ec.EllipticCurvePrivateKey)
     key = ec.generate_private_key(ec.SECP256R1())
     certificate = (
         _builder(_name("DeepFusion server"), authority.subject, key, _SERVER_DAYS)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False
+        )
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(_usage(signs_certificates=False), critical=True)
         .sign(authority_key, hashes.SHA256())
@@ -181,7 +191,9 @@ def issue_certificate(folder: Path, hosts: list[str]) -> None:
 
 
 def _is_good(folder: Path, authority: x509.Certificate, names: list[x509.GeneralName]) -> bool:
-    """Whether the server's certificate can be kept. A kill or a back-up may have left one without its key or authority."""
+    """Whether the server's certificate can be kept. A kill or a back-up may have left one without its key or
+    authority.
+    """
     try:
         known = x509.load_pem_x509_certificate((folder / "server.pem").read_bytes())
         key = serialization.load_pem_private_key((folder / "server.key").read_bytes(), None)
@@ -226,7 +238,9 @@ def trust(server: str, folder: Path, ca: Path | None, ca_sha256: str | None) -> 
     kept = folder / f"ca-{wanted[:16]}.pem"
     if not kept.exists():
         try:
-            answer = httpx.get(f"https://{server}/v1/ca", verify=False, timeout=15)  # checked against the digest below
+            answer = httpx.get(
+                f"https://{server}/v1/ca", verify=False, timeout=15
+            )  # checked against the digest below
             certificate = x509.load_pem_x509_certificate(answer.content)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise unreachable(server, error) from None
@@ -236,7 +250,10 @@ def trust(server: str, folder: Path, ca: Path | None, ca_sha256: str | None) -> 
         if found != wanted:
             fix = "ask the operator for the line that deepfusion server start prints; somebody may stand in between"
             raise InputError(
-                f"its authority has digest {found[:16]}..., not {wanted[:16]}...", where=server, fix=fix, code="wrong-ca"
+                f"its authority has digest {found[:16]}..., not {wanted[:16]}...",
+                where=server,
+                fix=fix,
+                code="wrong-ca",
             )
         # Not the answer itself: behind the certificate with the right digest it may hold others.
         _write(kept, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
@@ -248,9 +265,14 @@ def unreachable(server: str, error: Exception) -> InputError:
     reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
     if "CERTIFICATE_VERIFY_FAILED" in reason:
         fix = "--ca FILE or --ca-sha256 HEX, as deepfusion server start prints it"
-        return InputError(f"its certificate is not trusted ({reason})", where=server, fix=fix, code="wrong-ca")
+        return InputError(
+            f"its certificate is not trusted ({reason})", where=server, fix=fix, code="wrong-ca"
+        )
     return InputError(
-        f"cannot be reached ({reason})", where=server, fix="check --server HOST:PORT and the network", code="no-server"
+        f"cannot be reached ({reason})",
+        where=server,
+        fix="check --server HOST:PORT and the network",
+        code="no-server",
     )
 
 
@@ -277,14 +299,18 @@ def _write(path: Path, content: bytes, mode: int) -> None:
 
 
 def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
 
 
 def _name(common: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int) -> x509.CertificateBuilder:
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int
+) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()

@@ -38,7 +38,10 @@ class Offer(BaseModel):
     @property
     def digest(self) -> str:
         """SHA-256 over names, sizes and digests of all files, 64 hex digits."""
-        lines = [f"{file.name}\0{file.size}\0{file.sha256}\n" for file in sorted(self.files, key=lambda file: file.name)]
+        lines = [
+            f"{file.name}\0{file.size}\0{file.sha256}\n"
+            for file in sorted(self.files, key=lambda file: file.name)
+        ]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -51,7 +54,9 @@ def read_offer(folder: Path) -> Offer:
     card = read_card(folder)
     present = {path.name for path in folder.iterdir() if path.is_file()} - {CARD}
     if wrong := sorted(present ^ set(card.files)):
-        what = f"{wrong[0]} is " + ("not named in the card" if wrong[0] in present else "named in the card, but not there")
+        what = f"{wrong[0]} is " + (
+            "not named in the card" if wrong[0] in present else "named in the card, but not there"
+        )
         raise InputError(what, where=folder, fix="deepfusion device train again", code="upload-changed")
     try:
         files = [
@@ -63,7 +68,9 @@ def read_offer(folder: Path) -> Offer:
         raise _invalid(error, folder) from None
     for file in files:
         if file.name != CARD and file.sha256 != card.files[file.name]:
-            raise InputError("changed since the card was written", where=folder / file.name, code="upload-changed")
+            raise InputError(
+                "changed since the card was written", where=folder / file.name, code="upload-changed"
+            )
     return offer
 
 
@@ -88,7 +95,9 @@ def check_offer(offer: Offer, device: str, max_bytes: int) -> None:
     names = [file.name for file in offer.files]
     if offer.card.device != device:
         fix = f"the operator enrolls it as {offer.card.device}, or deepfusion device train --id {device}"
-        raise InputError(f"the upload is called {offer.card.device}", where=f"device {device}", fix=fix, code="folder-name")
+        raise InputError(
+            f"the upload is called {offer.card.device}", where=f"device {device}", fix=fix, code="folder-name"
+        )
     if len(set(names)) < len(names) or set(names) != {CARD, *offer.card.files}:
         raise InputError("the files are not those of the card", where=f"device {device}", code="card-invalid")
     for file in offer.files:
@@ -96,11 +105,15 @@ def check_offer(offer: Offer, device: str, max_bytes: int) -> None:
             raise InputError("a file that no upload has", where=file.name, code="unknown-file")
         small = MAX_CARD_BYTES if file.name == CARD else MAX_JSON_BYTES
         if not file.name.endswith(".safetensors") and file.size > small:
-            raise InputError(f"{file.size} bytes", where=file.name, allowed=f"{small} bytes", code="file-too-large")
+            raise InputError(
+                f"{file.size} bytes", where=file.name, allowed=f"{small} bytes", code="file-too-large"
+            )
         if file.name != CARD and file.sha256 != offer.card.files[file.name]:
             raise InputError("its SHA-256 is not that of the card", where=file.name, code="digest-mismatch")
     if offer.size > max_bytes:
-        raise InputError(f"{offer.size} bytes", where=f"device {device}", allowed=f"{max_bytes} bytes", code="too-large")
+        raise InputError(
+            f"{offer.size} bytes", where=f"device {device}", allowed=f"{max_bytes} bytes", code="too-large"
+        )
 
 
 def _invalid(error: ValidationError, where: object) -> InputError:

@@ -97,8 +97,12 @@ def _specification(tokenizer: PreTrainedTokenizerBase) -> dict:
 def _surfaces(tokenizer: PreTrainedTokenizerBase, spec: dict) -> dict[bytes, int]:
     """Bytes -> token id, without special tokens; a byte token `<0xNN>` only where no ordinary token means that byte."""
     added = {token["id"] for token in spec["added_tokens"]}
-    special = set(tokenizer.all_special_ids) | {token["id"] for token in spec["added_tokens"] if token["special"]}
-    steps = {key: json.dumps(spec[key], ensure_ascii=False) for key in ("normalizer", "pre_tokenizer", "decoder")}
+    special = set(tokenizer.all_special_ids) | {
+        token["id"] for token in spec["added_tokens"] if token["special"]
+    }
+    steps = {
+        key: json.dumps(spec[key], ensure_ascii=False) for key in ("normalizer", "pre_tokenizer", "decoder")
+    }
     byte_level = "ByteLevel" in steps["decoder"] or "ByteLevel" in steps["pre_tokenizer"]
     metaspace = any("▁" in step for step in steps.values())
     byte_tokens = "ByteFallback" in steps["decoder"] or bool(spec["model"].get("byte_fallback"))
@@ -152,21 +156,26 @@ class Alignment:
     single: np.ndarray
 
 
-def align_offsets(student_offsets: np.ndarray, teacher_offsets: np.ndarray, apart: Sequence[int] = ()) -> Alignment:
+def align_offsets(
+    student_offsets: np.ndarray, teacher_offsets: np.ndarray, apart: Sequence[int] = ()
+) -> Alignment:
     """Find the boundaries that two tokenizations of one text share.
 
     Args:
         student_offsets: integers [Ts, 2], `[start, end)` of each token in characters, without padding; special tokens
             have zero width, a zero-width last token is taken for end-of-sequence.
         teacher_offsets: the same for the teacher, [Tt, 2]. Either sequence may be truncated.
-        apart: characters where the two sides have read different marks, so that the chunks that begin there are not `single`.
+        apart: characters where the two sides have read different marks, so that the chunks that begin there are
+            not `single`.
 
     The chunk at the start of the text is never `single`: metaspace tokenizers put a space there which is not in the
     text, so "▁The" and "The" are different tokens with different alternatives.
     """
     student_ends, student_tokens = _boundaries(np.asarray(student_offsets))
     teacher_ends, teacher_tokens = _boundaries(np.asarray(teacher_offsets))
-    ends, in_student, in_teacher = np.intersect1d(student_ends, teacher_ends, assume_unique=True, return_indices=True)
+    ends, in_student, in_teacher = np.intersect1d(
+        student_ends, teacher_ends, assume_unique=True, return_indices=True
+    )
     student, teacher = student_tokens[in_student], teacher_tokens[in_teacher]
     single = (np.diff(student) == 1) & (np.diff(teacher) == 1) & (ends[:-1] > 0) & ~np.isin(ends[:-1], apart)
     return Alignment(student, teacher, single)
@@ -299,7 +308,15 @@ def _document(alignment: Alignment, weight: np.ndarray) -> tuple[np.ndarray, ...
 
     kept = np.flatnonzero(target_weight > 0)
     chunk_weight = target_weight[student[chosen + 1] - 1]
-    return kept, target_weight[kept], teacher_of[kept], chunk_of[kept], teacher_positions, teacher_owner, chunk_weight
+    return (
+        kept,
+        target_weight[kept],
+        teacher_of[kept],
+        chunk_of[kept],
+        teacher_positions,
+        teacher_owner,
+        chunk_weight,
+    )
 
 
 def _ranges(starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,6 @@
-"""Multiple-choice accuracy as lm-evaluation-harness 0.4 defines it: `acc` and `acc_norm` of its Hugging Face causal models."""
+"""Multiple-choice accuracy as lm-evaluation-harness 0.4 defines it: `acc` and `acc_norm` of its Hugging Face causal
+models.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,11 @@ def judge_choices(
     Args:
         batch_size: options per forward pass; fewer where their logits would not fit.
     """
-    pairs = [encode_pair(tokenizer, question.prompt, option) for question in questions for option in question.options]
+    pairs = [
+        encode_pair(tokenizer, question.prompt, option)
+        for question in questions
+        for option in question.options
+    ]
     found = iter(log_likelihoods(model, pairs, batch_size, reading_limit(model, tokenizer)))
     verdicts = []
     for question in questions:
@@ -50,7 +56,9 @@ def judge_choices(
     return verdicts
 
 
-def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], list[int]]:
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase, context: str, continuation: str
+) -> tuple[list[int], list[int]]:
     """Token ids of both parts as the harness cuts them (`TemplateLM._encode_pair` and `loglikelihood`).
 
     Spaces at the end of the context go to the continuation. Both are encoded together, with the special tokens that the
@@ -70,7 +78,9 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: 
 
 
 def reading_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The most tokens that the harness lets a model read (`resolve_max_length`); longer contexts lose their beginning."""
+    """The most tokens that the harness lets a model read (`resolve_max_length`); longer contexts lose their
+    beginning.
+    """
     config = model.config.get_text_config()
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
         if getattr(config, name, None) is not None:
@@ -122,7 +132,9 @@ def _batches(
         rows.append((place, ids, min(len(continuation), len(ids) - 1)))
     batch: list[tuple[int, list[int], int]] = []
     for row in sorted((row for row in rows if row[2]), key=lambda row: len(row[1]), reverse=True):
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * len(batch[0][1]) * vocabulary > LOGITS_PER_FORWARD):
+        if batch and (
+            len(batch) == batch_size or (len(batch) + 1) * len(batch[0][1]) * vocabulary > LOGITS_PER_FORWARD
+        ):
             yield batch
             batch = []
         batch.append(row)

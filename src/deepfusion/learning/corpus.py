@@ -46,10 +46,17 @@ def build_corpus(config: Config, splits: Splits, proxies: list[Path], work: Path
     """
     windows: list[Window] = []
     for source, documents in (("public", splits.public), ("generic", splits.generic)):
-        windows += [Window(piece, source) for document in documents for piece in cut_windows(document, config.data.max_chars)]
+        windows += [
+            Window(piece, source)
+            for document in documents
+            for piece in cut_windows(document, config.data.max_chars)
+        ]
     windows = assign_teachers(windows, proxies, config)
     if "sampled" in config.data.public:
-        taught = [sum(d.source == "public" and d.teacher == number for d in windows) for number in range(len(proxies))]
+        taught = [
+            sum(d.source == "public" and d.teacher == number for d in windows)
+            for number in range(len(proxies))
+        ]
         windows += _sampled(config, proxies, sample_counts(config.data.sampled_documents, taught), work)
     if not windows:
         fix = "name a file, generic or sampled"
@@ -60,16 +67,19 @@ def build_corpus(config: Config, splits: Splits, proxies: list[Path], work: Path
     private = [document for own in splits.private.values() for document in own]
     for source in sorted({d.source for d in windows} if private else ()):
         share = overlap((d.document for d in windows if d.source == source), private)
-        progress.say(f"[distill corpus] {share:.2%} of the 13-word runs of {source} text stand verbatim in private text")
+        progress.say(
+            f"[distill corpus] {share:.2%} of the 13-word runs of {source} text stand verbatim in private text"
+        )
     return windows
 
 
 def sample_counts(each: int, taught: list[int]) -> list[int]:
     """How many texts each proxy is asked for: `each` on average, but none of those that next to no public text needs.
 
-    A proxy that teaches less than a quarter of its fair share of the public text is a weaker copy of others, as happens where
-    devices of several types hold alike text; the others are asked for its part. Where no public text can tell, all are asked
-    for `each`.
+    A proxy that teaches less than a quarter of its fair share of the public text is a weaker copy of others, as
+    happens where devices of several types hold alike text; the others are asked for its part. Where no public text
+    can tell, all
+    are asked for `each`.
 
     Args:
         taught: public documents that each proxy knows best.

@@ -1,7 +1,7 @@
 """One training step, from texts to the loss: `L_CE + alpha L_FM + beta L_KL` [DF eq. 11], with any number of teachers.
 
-The device stage uses it without a teacher, the distil stage with one proxy or all of them, the tune stage with an MoE as
-the student. A batch may hold texts of several teachers: each text is compared with its own.
+The device stage uses it without a teacher, the distil stage with one proxy or all of them, the tune stage with an
+MoE as the student. A batch may hold texts of several teachers: each text is compared with its own.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class LossWeights:
 class Teacher:
     """A frozen proxy with its tokenizer, and what its vocabulary shares with the student's."""
 
-    def __init__(self, folder: Path, student_tokenizer: PreTrainedTokenizerBase, precision: str, device: torch.device) -> None:
+    def __init__(
+        self, folder: Path, student_tokenizer: PreTrainedTokenizerBase, precision: str, device: torch.device
+    ) -> None:
         self.model = load_model(folder, precision).eval().requires_grad_(False)
         nn.Module.to(self.model, device)
         self.tokenizer = load_tokenizer(folder)
@@ -102,14 +104,19 @@ class Collator:
     def __call__(self, windows: Sequence[Window]) -> dict[str, Any]:
         encoded = [encode(self.tokenizer, d.document, self.prompt_weight, self.max_tokens) for d in windows]
         if any(len(one.input_ids) == self.max_tokens for one in encoded):
-            cut = f"texts of more than {self.max_tokens} tokens, all that the model reads at once, lose their end in training"
+            cut = (
+                f"texts of more than {self.max_tokens} tokens, all that the model reads at once, "
+                "lose their end in training"
+            )
             progress.say_once(f"[data] {cut}; a lower data.max_chars cuts them into several")
         input_ids, mask = _pad([e.input_ids for e in encoded], self.tokenizer)
         rows_of: dict[tuple[int | None, bool], list[int]] = {}
         for row, document in enumerate(windows):
             teacher = document.teacher if document.teacher in self.teachers else None
             rows_of.setdefault((teacher, document.source == "sampled"), []).append(row)
-        groups = [self._group(*key, rows, windows, encoded, input_ids.shape[1]) for key, rows in rows_of.items()]
+        groups = [
+            self._group(*key, rows, windows, encoded, input_ids.shape[1]) for key, rows in rows_of.items()
+        ]
         return {"input_ids": input_ids, "attention_mask": mask, "groups": groups}
 
     def _group(
@@ -134,13 +141,22 @@ class Collator:
         alignments = [_alignment(guide, *read) for read in zip(documents, own, theirs, strict=True)]
         teacher_ids, teacher_mask = _pad([t.input_ids for t in theirs], guide.tokenizer)
         group = Group(
-            teacher, sampled, index, collate(alignments, weights, length, teacher_ids.shape[1]), teacher_ids, teacher_mask
+            teacher,
+            sampled,
+            index,
+            collate(alignments, weights, length, teacher_ids.shape[1]),
+            teacher_ids,
+            teacher_mask,
         )
         if self.vaa is not None:
             spans = self.vaa.patches // self.vaa.stages
             covered = [min(_end(e), _end(t)) for e, t in zip(own, theirs, strict=True)]
-            group.student_pool = span_pooling([e.offsets for e in own], covered, spans * self.vaa.kernel, length)
-            group.teacher_pool = span_pooling([t.offsets for t in theirs], covered, spans, teacher_ids.shape[1])
+            group.student_pool = span_pooling(
+                [e.offsets for e in own], covered, spans * self.vaa.kernel, length
+            )
+            group.teacher_pool = span_pooling(
+                [t.offsets for t in theirs], covered, spans, teacher_ids.shape[1]
+            )
         return group
 
 
@@ -170,10 +186,11 @@ class Distiller(nn.Module):
                 self.vaa[str(number)] = ViewAlignedAttention(*widths, **options)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, groups: list[Group]) -> dict[str, Tensor]:
-        """Scalars: `loss`, its parts `ce`, `kl`, `chunk`, `feature`, `balance`, the token `accuracy`, `tokens` read, and `flops`.
+        """Scalars: `loss`, its parts `ce`, `kl`, `chunk`, `feature`, `balance`, the token `accuracy`, `tokens` read,
+        and `flops`.
 
-        `flops` is the usual estimate: 6 for every weight that works on a token of the student, 2 for one of a teacher. It leaves
-        out attention scores, View-Aligned Attention and what frozen weights save.
+        `flops` is the usual estimate: 6 for every weight that works on a token of the student, 2 for one of a
+        teacher. It leaves out attention scores, View-Aligned Attention and what frozen weights save.
         """
         # Records nothing in a dense student.
         with router_logits_by_layer(self.student) as router_logits:
@@ -206,18 +223,24 @@ class Distiller(nn.Module):
 
     def _taught(self, group: Group) -> bool:
         """Whether anything is asked of a teacher."""
-        return group.teacher is not None and bool(self.weights.beta or self.weights.chunk or self.weights.alpha)
+        return group.teacher is not None and bool(
+            self.weights.beta or self.weights.chunk or self.weights.alpha
+        )
 
     def _weighed(self, found: dict[str, Tensor], group: Group) -> Tensor:
         w = self.weights
         hard = w.sampled_ce if group.sampled and group.teacher is not None else 1.0
         return w.ce * hard * found["ce"] + w.beta * found["kl"] + w.chunk * found["chunk"]
 
-    def group_losses(self, group: Group, states: list[Tensor], input_ids: Tensor, head: Any) -> dict[str, Tensor]:
-        """Scalars of one group, `ce`, `kl`, `chunk`, `accuracy`; another method of distillation overrides it and may add others.
+    def group_losses(
+        self, group: Group, states: list[Tensor], input_ids: Tensor, head: Any
+    ) -> dict[str, Tensor]:
+        """Scalars of one group, `ce`, `kl`, `chunk`, `accuracy`; another method of distillation overrides it and may
+        add others.
 
         Args:
-            states: hidden states of the whole batch, [B, T, D], of every layer where `vaa` holds modules, else the last one.
+            states: hidden states of the whole batch, [B, T, D], of every layer where `vaa` holds modules, else the
+                last one.
             input_ids: int64 [B, T].
             head: the student's output layer.
         """
@@ -260,9 +283,15 @@ class Distiller(nn.Module):
 def _decode(model: PreTrainedModel, input_ids: Tensor, mask: Tensor, every_layer: bool) -> list[Tensor]:
     """Hidden states [B, T, D]: of every layer, embeddings first, or the last one alone."""
     output = model.base_model(
-        input_ids=input_ids, attention_mask=mask, use_cache=False, output_hidden_states=every_layer, return_dict=True
+        input_ids=input_ids,
+        attention_mask=mask,
+        use_cache=False,
+        output_hidden_states=every_layer,
+        return_dict=True,
     )
-    return [*output.hidden_states[:-1], output.last_hidden_state] if every_layer else [output.last_hidden_state]
+    return (
+        [*output.hidden_states[:-1], output.last_hidden_state] if every_layer else [output.last_hidden_state]
+    )
 
 
 def _named(losses: TokenLosses) -> dict[str, Tensor]:
@@ -270,7 +299,9 @@ def _named(losses: TokenLosses) -> dict[str, Tensor]:
 
 
 def _alignment(teacher: Teacher, document: Document, own: Encoded, theirs: Encoded) -> Alignment:
-    """A document as the student has read it with the same as the teacher has; a conversation in the words of two chat templates."""
+    """A document as the student has read it with the same as the teacher has; a conversation in the words of two chat
+    templates.
+    """
     if own.template != theirs.template:
         return align_offsets(own.offsets, theirs.offsets, [start - 1 for start, _ in document.contents])
     if teacher.vocabulary.identical:

@@ -84,7 +84,9 @@ def distillation_losses(
     assert teacher_ids is not None
     assert vocabulary is not None
     comparison = Comparison(teacher, batch.teacher_index, vocabulary, temperature)
-    ce, kl, accuracy, log_probs = cross_entropy_and_kl(student, batch.student_index, targets, batch.weights, comparison=comparison)
+    ce, kl, accuracy, log_probs = cross_entropy_and_kl(
+        student, batch.student_index, targets, batch.weights, comparison=comparison
+    )
     if not len(batch.chunk_weights):
         return TokenLosses(ce, kl, torch.zeros_like(kl), accuracy)
     with torch.no_grad():
@@ -197,7 +199,9 @@ class Columns(NamedTuple):
 
     def pick(self, log_p: Tensor) -> Tensor:
         """[n, V] -> [n, S], plus one column for the bucket if there is one."""
-        shared = log_p[:, self.shared] if isinstance(self.shared, slice) else log_p.index_select(-1, self.shared)
+        shared = (
+            log_p[:, self.shared] if isinstance(self.shared, slice) else log_p.index_select(-1, self.shared)
+        )
         if self.others is None:
             return shared
         # Summed from its own columns, as 1 - sum(shared) loses all digits when the shared mass is close to 1.
@@ -208,7 +212,9 @@ class Columns(NamedTuple):
         return self.pick(logits).log_softmax(-1)
 
 
-def comparable_columns(vocabulary: SharedVocabulary, student_size: int, teacher_size: int) -> tuple[Columns, Columns]:
+def comparable_columns(
+    vocabulary: SharedVocabulary, student_size: int, teacher_size: int
+) -> tuple[Columns, Columns]:
     """The columns of student and teacher to compare.
 
     Where one side has nothing but shared tokens there is no bucket: the teacher is renormalised over the shared ones,
@@ -226,7 +232,9 @@ def comparable_columns(vocabulary: SharedVocabulary, student_size: int, teacher_
 
 def _complement(ids: Tensor, size: int) -> Tensor:
     """The ids below `size` that are not in `ids`."""
-    return torch.ones(size, dtype=torch.bool, device=ids.device).index_fill_(0, ids, False).nonzero().squeeze(-1)
+    return (
+        torch.ones(size, dtype=torch.bool, device=ids.device).index_fill_(0, ids, False).nonzero().squeeze(-1)
+    )
 
 
 def _ratio(total: Tensor, weights: Tensor) -> Tensor:
@@ -234,7 +242,9 @@ def _ratio(total: Tensor, weights: Tensor) -> Tensor:
     return total / weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def chunk_likelihood(batch: AlignedBatch, student_log_probs: Tensor, teacher_log_probs: Tensor, temperature: float = 1.0) -> Tensor:
+def chunk_likelihood(
+    batch: AlignedBatch, student_log_probs: Tensor, teacher_log_probs: Tensor, temperature: float = 1.0
+) -> Tensor:
     """Approximate likelihood matching (Minixhofer, Vulić & Ponti 2025): both find each chunk of text as likely.
 
     For a chunk with probability p (the product of its tokens'), `KL(Bernoulli(p_T^(1/t)) || Bernoulli(p_S^(1/t)))`.
@@ -262,7 +272,9 @@ def _log1mexp(x: Tensor) -> Tensor:
     """`log(1 - exp(x))` for x < 0, accurate at both ends (Maechler 2012)."""
     near = x > -0.6931471805599453
     # Each branch sees a harmless value where the other is taken: the gradient of an unused infinity would be nan.
-    return torch.where(near, (-torch.expm1(x.masked_fill(~near, -1.0))).log(), torch.log1p(-x.masked_fill(near, -1.0).exp()))
+    return torch.where(
+        near, (-torch.expm1(x.masked_fill(~near, -1.0))).log(), torch.log1p(-x.masked_fill(near, -1.0).exp())
+    )
 
 
 def load_balance(

@@ -11,11 +11,7 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
-from transformers import (
-    AttentionInterface,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 from transformers.pytorch_utils import Conv1D
 
@@ -66,7 +62,9 @@ def estimate_training_bytes(
         trained = sum(lora_rank * (rows + columns) for rows, columns in linear)
         quantised = sum(rows * columns for rows, columns in linear) if method == "qlora" else 0
         # NF4: half a byte a weight and a 32-bit scale for every 64 of them.
-        stored = round(quantised * (0.5 + 4 / 64)) + (parameters - quantised) * (2 if precision == "bf16" else 4)
+        stored = round(quantised * (0.5 + 4 / 64)) + (parameters - quantised) * (
+            2 if precision == "bf16" else 4
+        )
         largest = max((rows * columns for rows, columns in linear), default=0) if method == "qlora" else 0
     kept = _saved_tensors(model, batch_size, max_tokens)
     if precision == "bf16":
@@ -120,9 +118,10 @@ def plan_training(
         text: length of the longest document in characters, default 1024; a token is taken to hold three of them.
 
     Returns:
-        {"budget_bytes", "fits": [{"type", "method", "estimated_bytes", "available", "needs"}], "chosen"}: the largest type first,
-        for one type the method that trains most. `needs` says what is missing here, empty where it is `available`. `chosen` is
-        the first that is available, else the first, None where nothing fits.
+        {"budget_bytes", "fits": [{"type", "method", "estimated_bytes", "available", "needs"}], "chosen"}: the
+        largest type first, for one type the method that trains most. `needs` says what is missing here, empty
+        where it is `available`.
+        `chosen` is the first that is available, else the first, None where nothing fits.
     """
     tokens = math.ceil((text or 1024) / 3)
     found = []
@@ -134,7 +133,13 @@ def plan_training(
             needed = estimate_training_bytes(config, method, batch_size, longest, precision, lora_rank)
             if needed <= budget_bytes:
                 lack = _lack(type, method)
-                entry = {"type": type, "method": method, "estimated_bytes": needed, "available": not lack, "needs": lack}
+                entry = {
+                    "type": type,
+                    "method": method,
+                    "estimated_bytes": needed,
+                    "available": not lack,
+                    "needs": lack,
+                }
                 found.append((-size, METHODS.index(method), entry))
     fits = [entry for *_, entry in sorted(found, key=lambda item: item[:2])]
     chosen = next((entry for entry in fits if entry["available"]), fits[0] if fits else None)
@@ -200,8 +205,12 @@ class _GroupedProduct(torch.autograd.Function):
         return rows.new_empty((len(rows), weight.shape[1]))
 
 
-def _grouped_experts(module: Any, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Every row of hidden [tokens, H] once for each of its experts, chosen and weights [tokens, top_k], as the class does it."""
+def _grouped_experts(
+    module: Any, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Every row of hidden [tokens, H] once for each of its experts, chosen and weights [tokens, top_k], as the class
+    does it.
+    """
     order = chosen.flatten()  # on the meta device any order keeps the same bytes
     inner = module._apply_gate(_GroupedProduct.apply(hidden[order], module.gate_up_proj))
     out = _GroupedProduct.apply(inner, module.down_proj) * weights.flatten()[order, None]
@@ -227,8 +236,12 @@ def _saved_tensors(model: PreTrainedModel, batch_size: int, tokens: int) -> list
         model.set_attn_implementation("deepfusion_meta")
     if _fused_experts(model):
         model.set_experts_implementation("deepfusion_meta")
-    model.config.pad_token_id = None  # with one, some classes look for padding in the values, and here there are none
+    model.config.pad_token_id = (
+        None  # with one, some classes look for padding in the values, and here there are none
+    )
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.base_model(input_ids=torch.zeros(batch_size, tokens, dtype=torch.long, device="meta"), use_cache=False)
+        model.base_model(
+            input_ids=torch.zeros(batch_size, tokens, dtype=torch.long, device="meta"), use_cache=False
+        )
     return [storage.nbytes() for storage in kept.values()]

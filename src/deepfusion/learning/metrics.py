@@ -120,7 +120,9 @@ def _check(documents: Sequence[Document], batch_size: int, max_chars: int = LEAS
         raise InputError("there is no document to evaluate on", code="no-examples")
     for name, value, least in (("batch_size", batch_size, 1), ("max_chars", max_chars, LEAST_CHARS)):
         if not isinstance(value, int) or value < least:
-            raise InputError(f"{name} is {value!r}", allowed=f"a whole number of at least {least}", code="bad-value")
+            raise InputError(
+                f"{name} is {value!r}", allowed=f"a whole number of at least {least}", code="bad-value"
+            )
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -130,7 +132,11 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def bits_per_byte_of_each(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], *, batch_size: int = 16
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    *,
+    batch_size: int = 16,
 ) -> list[float]:
     """Bits per UTF-8 byte of each completion by itself, in the order of `documents`."""
     if documents:
@@ -271,7 +277,9 @@ def _summary(scored: Sequence[_Window], verdicts: Sequence[Verdict], documents: 
     if not tokens:
         raise InputError("the documents hold no token to count", code="no-tokens")
     if not math.isfinite(nats):
-        raise InputError("the losses of the model are not finite; its weights are broken", code="non-finite-loss")
+        raise InputError(
+            "the losses of the model are not finite; its weights are broken", code="non-finite-loss"
+        )
     questions = [window for window in scored if len(window.rows) > 1]
     right = sum(window.chosen == window.answer for window in questions)
     return {

@@ -35,7 +35,9 @@ def reading_order(
     ends: list[int] = []
     while len(stream) < total:
         order = generator.permutation(len(lengths)).tolist()
-        stream += order if every is None else [index for index in order if (index + len(ends)) % every[index] == 0]
+        stream += (
+            order if every is None else [index for index in order if (index + len(ends)) % every[index] == 0]
+        )
         ends.append(len(stream))
     batches: list[list[int]] = []
     start = 0

@@ -15,7 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.integrations import TensorBoardCallback
 
 from deepfusion import progress
@@ -42,13 +49,15 @@ def train(
     """Train the parameters of `module` that require gradients, one optimizer step per batch.
 
     Args:
-        module: `module(**collate(batch))` returns a dict of scalars with the key `loss`; `tokens` counts the tokens read,
-            `flops` the floating-point operations of the step. Parameters that require no gradient are neither trained nor
-            stored in checkpoints.
+        module: `module(**collate(batch))` returns a dict of scalars with the key `loss`; `tokens` counts the
+            tokens read, `flops` the floating-point operations of the step. Parameters that require no gradient are
+            neither
+            trained nor stored in checkpoints.
         batches: what each step reads, in order; its length is the number of steps.
         collate: makes the keyword arguments of a step.
         stage, unit: who trains, for progress and metrics.
-        work: folder of the checkpoints; a training that finds one there continues from it, and ends with the same weights.
+        work: folder of the checkpoints; a training that finds one there continues from it, and ends with the same
+            weights.
         learning_rate: peak of the cosine schedule, after a warm-up of a twentieth of the steps.
         precision: fp32, or bf16 for autocast.
         checkpoint_seconds: least time between two checkpoints.
@@ -118,7 +127,9 @@ class _Trainer(Trainer):
         self._sums: dict[str, float] = defaultdict(float)
         self._count = 0
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *_: Any, **__: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *_: Any, **__: Any
+    ) -> Any:
         values = model(**inputs)
         for key, value in values.items():
             self._sums[key] += float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
@@ -127,7 +138,9 @@ class _Trainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._count:
-            logs |= {key: total if key in COUNTS else total / self._count for key, total in self._sums.items()}
+            logs |= {
+                key: total if key in COUNTS else total / self._count for key, total in self._sums.items()
+            }
             self._sums.clear()
             self._count = 0
         super().log(logs, *args, **kwargs)
@@ -145,11 +158,17 @@ class _Trainer(Trainer):
 
 
 def _trained(module: nn.Module | None) -> dict[str, torch.Tensor]:
-    return {name: p.data for name, p in module.named_parameters() if p.requires_grad} if module is not None else {}
+    return (
+        {name: p.data for name, p in module.named_parameters() if p.requires_grad}
+        if module is not None
+        else {}
+    )
 
 
 class _Clock(TrainerCallback):
-    """Asks for a checkpoint when the last is `seconds` old, and never spends more than a twentieth of the time on them."""
+    """Asks for a checkpoint when the last is `seconds` old, and never spends more than a twentieth of the time on
+    them.
+    """
 
     def __init__(self, seconds: float) -> None:
         self.least = seconds
@@ -157,13 +176,17 @@ class _Clock(TrainerCallback):
         self.last = time.monotonic()
         self.asked = 0.0
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         now = time.monotonic()
         if now - self.last >= self.wait and state.global_step < state.max_steps:
             control.should_save = True
             self.asked = now
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         self.last = time.monotonic()
         self.wait = max(self.least, 20 * (self.last - self.asked))
 
@@ -178,17 +201,26 @@ class _Lines(TrainerCallback):
         self.first_step = 0
         self.tokens = 0.0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         self.first_step = state.global_step
         if state.global_step:
             progress.say(f"[{self.stage} {self.unit}] continues at step {state.global_step} of {self.steps}")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         if state.global_step >= self.steps:
             control.should_log = True  # or the steps since the last logged one would be in no figure
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
     ) -> None:
         if not logs or "learning_rate" not in logs:
             return
@@ -215,7 +247,9 @@ class _Lines(TrainerCallback):
 
 def _last_checkpoint(work: Path) -> str | None:
     """The newest checkpoint that was written to its end: Trainer writes its state file last."""
-    for folder in sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
+    for folder in sorted(
+        work.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True
+    ):
         try:
             json.loads((folder / "trainer_state.json").read_text("utf-8"))
         except (OSError, ValueError):

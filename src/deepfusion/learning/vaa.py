@@ -38,7 +38,9 @@ def stage_ends(num_layers: int, stages: int) -> list[int]:
     return [num_layers * (stage + 1) // stages for stage in range(stages)]
 
 
-def span_pooling(offsets: Sequence[np.ndarray], text_lengths: Sequence[int], spans: int, max_tokens: int) -> Tensor:
+def span_pooling(
+    offsets: Sequence[np.ndarray], text_lengths: Sequence[int], spans: int, max_tokens: int
+) -> Tensor:
     """Matrices that average a document's tokens over `spans` equal divisions of its characters.
 
     Args:
@@ -112,7 +114,9 @@ class ViewAlignedAttention(nn.Module):
         self.teacher_width, self.normalize, self.heads = teacher_width, normalize, heads
         self.spans = patches // stages
         """Spans of `teacher_pool`; `student_pool` has `kernel` times as many."""
-        self.patchify = nn.ModuleList(nn.Conv1d(student_width, width, kernel, stride=kernel) for _ in range(stages))
+        self.patchify = nn.ModuleList(
+            nn.Conv1d(student_width, width, kernel, stride=kernel) for _ in range(stages)
+        )
         self.project = nn.ModuleList(nn.Linear(width, teacher_width) for _ in range(stages))
         self.qkv: nn.Linear | None = None
         if mode == "vaa":

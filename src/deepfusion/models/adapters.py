@@ -1,4 +1,6 @@
-"""Adapters as files: what a plain LoRA one may say, the exact update it stands for, and any of PEFT's merged into its base."""
+"""Adapters as files: what a plain LoRA one may say, the exact update it stands for, and any of PEFT's merged into its
+base.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,14 @@ MAX_RANK = 1024
 # Settings of PEFT that do not change what a plain LoRA adapter computes.
 _FREE = {
     *("r", "lora_alpha", "use_rslora", "bias", "peft_type", "task_type", "target_modules", "exclude_modules"),
-    *("fan_in_fan_out", "lora_dropout", "init_lora_weights", "inference_mode", "base_model_name_or_path", "revision"),
+    *(
+        "fan_in_fan_out",
+        "lora_dropout",
+        "init_lora_weights",
+        "inference_mode",
+        "base_model_name_or_path",
+        "revision",
+    ),
     *("peft_version", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
 }
 _LORA = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
@@ -63,11 +72,15 @@ class Adapter(TensorReader):
         self.targets = {f"{match[1]}.weight": match[1] for match in found}
         settings = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
         self.rank = int(settings["r"])
-        self.scale = settings["lora_alpha"] / (math.sqrt(self.rank) if settings.get("use_rslora") else self.rank)
+        self.scale = settings["lora_alpha"] / (
+            math.sqrt(self.rank) if settings.get("use_rslora") else self.rank
+        )
 
     def update(self, weight: str, transposed: bool) -> torch.Tensor:
         """The change of a target weight, `alpha/r B A` (rsLoRA: `alpha/sqrt(r) B A`), float32, shaped as the weight."""
-        a, b = (self.get(f"base_model.model.{self.targets[weight]}.lora_{side}.weight").float() for side in "AB")
+        a, b = (
+            self.get(f"base_model.model.{self.targets[weight]}.lora_{side}.weight").float() for side in "AB"
+        )
         change = self.scale * (b @ a)
         return change.T if transposed else change
 
@@ -90,7 +103,9 @@ def adapter_shapes(folder: Path, known: Architecture) -> dict[str, tuple[int, ..
     for weight, layer in adapter.targets.items():
         shape = known.tensors.get(weight, ())
         if len(shape) != 2:
-            raise InputError(f"{known.name} has no layer {layer[:200]}", where=folder / ADAPTER, code="tensor-extra")
+            raise InputError(
+                f"{known.name} has no layer {layer[:200]}", where=folder / ADAPTER, code="tensor-extra"
+            )
         rows, columns = shape[::-1] if weight in known.transposed else shape
         shapes[f"base_model.model.{layer}.lora_A.weight"] = (adapter.rank, columns)
         shapes[f"base_model.model.{layer}.lora_B.weight"] = (rows, adapter.rank)
@@ -110,14 +125,27 @@ def check_mergeable(folder: Path, settings: dict[str, Any]) -> None:
     where, code = folder / ADAPTER_CONFIG, "bad-adapter-config"
     if task not in (None, "CAUSAL_LM"):
         raise InputError(f"an adapter for {task}", where=where, allowed="CAUSAL_LM", code=code)
-    if not any(hasattr(tuner, "merge_and_unload") for name, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items() if name == kind):
-        raise InputError(f"an adapter of type {kind}, which cannot be merged", where=where, allowed="LORA and its like", code=code)
+    if not any(
+        hasattr(tuner, "merge_and_unload")
+        for name, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()
+        if name == kind
+    ):
+        raise InputError(
+            f"an adapter of type {kind}, which cannot be merged",
+            where=where,
+            allowed="LORA and its like",
+            code=code,
+        )
     if settings.get("megatron_config"):
-        raise InputError("megatron_config is refused: it imports code", where=where, fix="remove it", code=code)
+        raise InputError(
+            "megatron_config is refused: it imports code", where=where, fix="remove it", code=code
+        )
     if not (folder / ADAPTER).is_file():
         pickled = any(folder.glob("*.bin"))
         what = "only pickled weights, which can run code and are not read" if pickled else f"no {ADAPTER}"
-        raise InputError(what, where=folder, fix="save it with save_pretrained of a current PEFT", code="weights-missing")
+        raise InputError(
+            what, where=folder, fix="save it with save_pretrained of a current PEFT", code="weights-missing"
+        )
 
 
 def merged_model(folder: Path, base: Path) -> PreTrainedModel:
@@ -132,7 +160,8 @@ def merged_model(folder: Path, base: Path) -> PreTrainedModel:
     """
     model = load_model(base)
     stored = load_file(folder / ADAPTER) if _open(folder / ADAPTER) else {}
-    rows = {len(t) for name, t in stored.items() if re.search(r"(embed_tokens|lm_head|wte|word_embeddings)(\.\w+)*\.weight", name)
+    rows = {len(t) for name,
+    t in stored.items() if re.search(r"(embed_tokens|lm_head|wte|word_embeddings)(\.\w+)*\.weight", name)
             and t.ndim == 2 and "lora_" not in name}  # fmt: skip
     if rows and rows != {model.config.vocab_size}:
         model.resize_token_embeddings(max(rows), mean_resizing=False)  # tokens that came with the adapter
@@ -144,7 +173,9 @@ def merged_model(folder: Path, base: Path) -> PreTrainedModel:
         found = adapted.load_adapter(str(folder), "default")
         unread = [*found.missing_keys, *found.unexpected_keys]
         if unread:
-            what = f"{len(unread)} tensors of the adapter do not fit the base {base.name}, such as {unread[0]}"
+            what = (
+                f"{len(unread)} tensors of the adapter do not fit the base {base.name}, such as {unread[0]}"
+            )
             raise InputError(what, where=folder, code="adapter-differs")
         probe = torch.arange(2, min(18, model.config.vocab_size))[None]
         with torch.no_grad():
@@ -153,12 +184,16 @@ def merged_model(folder: Path, base: Path) -> PreTrainedModel:
             off = float((merged(probe).logits - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
     except InputError:
         raise
-    except Exception as error:  # PEFT fails in many ways on settings that are not of its version or do not fit the base
+    except (
+        Exception
+    ) as error:  # PEFT fails in many ways on settings that are not of its version or do not fit the base
         what = f"PEFT cannot merge it into {base.name} ({first_line(error)})"
         raise InputError(what, where=folder, code="adapter-differs") from None
     if not off < 1e-2:
         fix = "merge it where it was trained, and give the whole model"
-        what = f"merged into {base.name} it computes something else, as where tied embeddings were adapted apart"
+        what = (
+            f"merged into {base.name} it computes something else, as where tied embeddings were adapted apart"
+        )
         raise InputError(what, where=folder, fix=fix, code="adapter-differs")
     return merged
 
@@ -167,4 +202,6 @@ def _open(path: Path) -> safe_open:
     try:
         return safe_open(str(path), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise InputError(f"not a readable safetensors file ({error})", where=path, code="weights-damaged") from None
+        raise InputError(
+            f"not a readable safetensors file ({error})", where=path, code="weights-damaged"
+        ) from None

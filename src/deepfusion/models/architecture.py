@@ -27,7 +27,8 @@ def parameter_total(config: PretrainedConfig) -> int:
 
 
 def read_config(folder: str | Path) -> PretrainedConfig:
-    """The config of a checkpoint folder, without what only the machine of its maker can do (flash attention, special kernels).
+    """The config of a checkpoint folder, without what only the machine of its maker can do (flash attention, special
+    kernels).
 
     Raises:
         InputError: missing, malformed, or of an architecture that transformers does not have.
@@ -35,7 +36,9 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # A config comes from others, and the classes fail in many ways on bad values.
-        raise InputError(f"the config cannot be read ({first_line(error)})", where=folder, code="bad-config") from None
+        raise InputError(
+            f"the config cannot be read ({first_line(error)})", where=folder, code="bad-config"
+        ) from None
     config._attn_implementation, config._experts_implementation = None, None
     rows, padding = getattr(config, "vocab_size", None), getattr(config, "pad_token_id", None)
     if rows is not None and padding is not None and not 0 <= padding < rows:
@@ -88,7 +91,9 @@ def architecture(config: PretrainedConfig) -> Architecture:
     model = _meta_model(config)
     kept = dict(model.named_parameters())
     names = {id(parameter): name for name, parameter in kept.items()}
-    shared = {name: names[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if name not in kept}
+    shared = {
+        name: names[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if name not in kept
+    }
     state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in shared}
     return Architecture(
         type(model).__name__,
@@ -104,7 +109,9 @@ def architecture(config: PretrainedConfig) -> Architecture:
 def _meta_model(config: PretrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False
+            )
     except Exception as error:  # A config comes from others, and the classes fail in many ways on bad values.
         what = f"the config describes no causal language model ({first_line(error)})"
         raise InputError(what, code="bad-config") from None
@@ -112,4 +119,6 @@ def _meta_model(config: PretrainedConfig) -> PreTrainedModel:
 
 def first_line(error: BaseException) -> str:
     """What a library's error says first, or its kind."""
-    return textwrap.shorten((str(error).strip() or type(error).__name__).splitlines()[0], 300, placeholder=" ...")
+    return textwrap.shorten(
+        (str(error).strip() or type(error).__name__).splitlines()[0], 300, placeholder=" ..."
+    )

@@ -59,7 +59,8 @@ class TensorReader:
         folder: holds `model.safetensors`, or shards with `model.safetensors.index.json`.
 
     Raises:
-        InputError: no folder, no safetensors weights, a damaged file or index, or shards and index that do not belong together.
+        InputError: no folder, no safetensors weights, a damaged file or index, or shards and index that do not
+            belong together.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -91,7 +92,12 @@ class TensorReader:
         """Stored dtype of the tensor `name`, without reading its data."""
         code = self._handle(name).get_slice(name).get_dtype()
         if code not in _DTYPES:
-            raise InputError(f"tensor {name} has dtype {code}", where=self.folder, allowed=", ".join(_DTYPES), code="weights-dtype")
+            raise InputError(
+                f"tensor {name} has dtype {code}",
+                where=self.folder,
+                allowed=", ".join(_DTYPES),
+                code="weights-dtype",
+            )
         return _DTYPES[code]
 
     def close(self) -> None:
@@ -102,7 +108,9 @@ class TensorReader:
     def __enter__(self) -> TensorReader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _shard_names(self) -> list[str]:
@@ -111,10 +119,16 @@ class TensorReader:
                 tensors = dict(json.loads((self.folder / INDEX).read_text("utf-8"))["weight_map"])
                 files, self._indexed = set(tensors.values()), list(tensors)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise InputError("the weight index cannot be read", where=self.folder / INDEX, code="weights-index") from error
+                raise InputError(
+                    "the weight index cannot be read", where=self.folder / INDEX, code="weights-index"
+                ) from error
             # An index comes from others: it must not reach outside of its folder.
-            if not files or any(not isinstance(f, str) or Path(f).name != f or f in (".", "..") for f in files):
-                raise InputError("the weight index names no plain file", where=self.folder / INDEX, code="weights-index")
+            if not files or any(
+                not isinstance(f, str) or Path(f).name != f or f in (".", "..") for f in files
+            ):
+                raise InputError(
+                    "the weight index names no plain file", where=self.folder / INDEX, code="weights-index"
+                )
             self._check_shards(files)
             return sorted(files)
         if (self.folder / WEIGHTS).is_file():
@@ -138,18 +152,24 @@ class TensorReader:
         """Another program may read the other of two sets of weights, and part of a set is no model."""
         if lost := sorted(name for name in files if not (self.folder / name).is_file()):
             what = f"the index names {len(lost)} of {len(files)} files that are not there, such as {lost[0]}"
-            raise InputError(what, where=self.folder, fix="fetch or save the checkpoint again", code="weights-damaged")
+            raise InputError(
+                what, where=self.folder, fix="fetch or save the checkpoint again", code="weights-damaged"
+            )
         sets = {path.name for path in self.folder.glob("model*.safetensors") if _SHARD.fullmatch(path.name)}
         if extra := sorted(sets - files):
             what = f"weights beside the weights: {', '.join(extra)[:200]}"
-            raise InputError(what, where=self.folder, fix="remove those that are not of this model", code="weights-extra")
+            raise InputError(
+                what, where=self.folder, fix="remove those that are not of this model", code="weights-extra"
+            )
 
     def _open(self, name: str) -> safe_open:
         path = self.folder / name
         try:
             return safe_open(str(path), framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
-            raise InputError(f"not a readable safetensors file ({error})", where=path, code="weights-damaged") from error
+            raise InputError(
+                f"not a readable safetensors file ({error})", where=path, code="weights-damaged"
+            ) from error
 
     def _handle(self, name: str) -> safe_open:
         if name not in self._file_of:
@@ -162,7 +182,8 @@ class WholeModel:
 
     Args:
         folder: of the checkpoint.
-        expected: names of the tensors of the whole model, tied copies left out; what is not stored `names` leaves out too.
+        expected: names of the tensors of the whole model, tied copies left out; what is not stored `names` leaves
+            out too.
         prefix: of the trunk.
     """
 
@@ -237,7 +258,9 @@ class TensorWriter:
     def __enter__(self) -> TensorWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self.close()
         else:
@@ -331,7 +354,9 @@ def copy_tokenizer(src: Path | str, dst: Path | str) -> list[str]:
     """
     files = tokenizer_files(src)
     if not files:
-        raise InputError("no tokenizer files", where=src, fix="save the tokenizer there too", code="tokenizer-missing")
+        raise InputError(
+            "no tokenizer files", where=src, fix="save the tokenizer there too", code="tokenizer-missing"
+        )
     Path(dst).mkdir(parents=True, exist_ok=True)
     for path in files:
         shutil.copyfile(path, Path(dst) / path.name)

@@ -5,9 +5,10 @@
 - `NAME.codes`, int8 (delta8), or uint8 with two 4-bit codes a byte, the first in the low half, offset by 8 (delta4);
 - `NAME.scales`, bfloat16, one for every `BLOCK` values in row-major order; the last block may be shorter.
 
-A value is code x scale, and its error at most half the scale of its block. Scales are bfloat16 because changes of 1e-5 would fall
-among the subnormal numbers of float16, and float32 costs another quarter of a bit a weight without lowering the error. Blocks run
-over the flattened tensor, so that one tensor has one short block at most, not one a row.
+A value is code x scale, and its error at most half the scale of its block. Scales are bfloat16 because changes of
+1e-5 would fall among the subnormal numbers of float16, and float32 costs another quarter of a bit a weight without
+lowering the
+error. Blocks run over the flattened tensor, so that one tensor has one short block at most, not one a row.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ FORMAT = {"deepfusion_delta": "1"}
 _LARGEST = {"delta8": 127, "delta4": 7}
 _CODES = {"delta8": torch.int8, "delta4": torch.uint8}
 _PART = 2**16 * BLOCK  # values encoded at once, so that the steps in between take no memory to speak of
-_SMALLEST_SCALE = torch.finfo(torch.bfloat16).tiny  # of the subnormal ones the relative error would be unbounded
+_SMALLEST_SCALE = torch.finfo(
+    torch.bfloat16
+).tiny  # of the subnormal ones the relative error would be unbounded
 
 
 def encode(values: torch.Tensor, encoding: Encoding) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,7 +60,9 @@ def _encode(flat: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def decode(codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """The values that `encode` was given, float32 of that shape, within half a scale. The dtype of the codes says how many bits."""
+    """The values that `encode` was given, float32 of that shape, within half a scale. The dtype of the codes says how
+    many bits.
+    """
     count = torch.Size(shape).numel()
     plain = unpack(codes, count) if codes.dtype == torch.uint8 else codes
     values = _blocks(plain).float().mul_(scales.float()[:, None])  # exact: 8 bits times 8 bits
@@ -80,7 +85,9 @@ def _blocks(flat: torch.Tensor) -> torch.Tensor:
     return F.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
 
 
-def stored_tensors(name: str, shape: tuple[int, ...], encoding: Encoding) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def stored_tensors(
+    name: str, shape: tuple[int, ...], encoding: Encoding
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of what stands in the file for the tensor `name`."""
     count = torch.Size(shape).numel()
     codes = count if encoding == "delta8" else -(-count // 2)
@@ -117,7 +124,9 @@ def open_base(type: str) -> WholeModel:
     return base
 
 
-def write_delta(folder: Path, trained: Mapping[str, torch.Tensor], base: WholeModel, encoding: Encoding) -> float:
+def write_delta(
+    folder: Path, trained: Mapping[str, torch.Tensor], base: WholeModel, encoding: Encoding
+) -> float:
     """Write `folder`/delta.safetensors: what training changed.
 
     Args:
@@ -173,7 +182,8 @@ class Delta(TensorReader):
 
 
 class Compact:
-    """The whole model that a compact upload stands for: the public checkpoint plus the change, cast once, one tensor at a time.
+    """The whole model that a compact upload stands for: the public checkpoint plus the change, cast once, one tensor
+    at a time.
 
     Args:
         folder: the upload.

@@ -1,7 +1,8 @@
 """A larger tiny checkpoint made of a smaller one: more blocks, the same function, more room to learn.
 
 The package ships no larger GPT-2 for lack of space, and needs none: after each block a copy is inserted whose output
-projections are zero (block expansion, Wu et al., LLaMA Pro, ACL 2024). It starts as the smaller model and trains as a deeper one.
+projections are zero (block expansion, Wu et al., LLaMA Pro, ACL 2024). It starts as the smaller model and trains
+as a deeper one.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def deepen(source: Path, target: Path) -> Path:
             continue
         number = int(block[2])
         tensors[f"{block[1]}{2 * number}{block[3]}"] = tensor
-        tensors[f"{block[1]}{2 * number + 1}{block[3]}"] = torch.zeros_like(tensor) if _OUTPUT.fullmatch(name) else tensor.clone()
+        tensors[f"{block[1]}{2 * number + 1}{block[3]}"] = (
+            torch.zeros_like(tensor) if _OUTPUT.fullmatch(name) else tensor.clone()
+        )
     config = AutoConfig.from_pretrained(source)
     config.n_layer *= 2
     with whole_folder(target) as part:
@@ -46,7 +49,9 @@ def deepen(source: Path, target: Path) -> Path:
 
 
 def cached(source: Path, name: str) -> Path:
-    """The deepened checkpoint of this very source in the user's cache, made once; several processes may ask at the same time."""
+    """The deepened checkpoint of this very source in the user's cache, made once; several processes may ask at the
+    same time.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "deepfusion"
     folder = cache / f"{name}-{checkpoint_digest(source)[:16]}"
     if not (folder / "config.json").is_file():

@@ -37,14 +37,17 @@ def load_model(path: str | Path, precision: str = "fp32", quantization: Any = No
         quantization: a `BitsAndBytesConfig` for QLoRA.
 
     Raises:
-        InputError: missing or damaged files, pickled weights, weights that do not fit the config, that are quantised in a way
-            that cannot be undone, or that are no finite numbers; a model that is no causal language model.
+        InputError: missing or damaged files, pickled weights, weights that do not fit the config, that are
+            quantised in a way that cannot be undone, or that are no finite numbers; a model that is no causal
+            language model.
     """
     folder = resolve(str(path))
     config = read_config(folder)
     formats.check_form(folder, config)
     dtype = torch.bfloat16 if resolve_precision(precision, config) == "bf16" else torch.float32
-    options = {"quantization_config": quantization} if quantization is not None else formats.loading_options(config)
+    options = (
+        {"quantization_config": quantization} if quantization is not None else formats.loading_options(config)
+    )
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -63,10 +66,14 @@ def load_model(path: str | Path, precision: str = "fp32", quantization: Any = No
             model = formats.plain_model(model, dtype)
     except InputError:
         raise
-    except Exception as error:  # Weights and config come from others, and the classes fail in many ways on bad values.
+    except (
+        Exception
+    ) as error:  # Weights and config come from others, and the classes fail in many ways on bad values.
         if isinstance(error, ImportError) and quantization is not None:
             raise
-        raise InputError(f"the model cannot be loaded ({first_line(error)})", where=path, code="bad-model") from None
+        raise InputError(
+            f"the model cannot be loaded ({first_line(error)})", where=path, code="bad-model"
+        ) from None
     formats.check_finite(model.named_parameters(), path)
     return model
 
@@ -75,8 +82,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a checkpoint; it always has a token to pad with.
 
     Raises:
-        InputError: missing or damaged, without a fast implementation (character offsets are needed), or with tokens that the
-            model has no embedding for.
+        InputError: missing or damaged, without a fast implementation (character offsets are needed), or with
+            tokens that the model has no embedding for.
     """
     folder = resolve(str(path))
     if not tokenizer_files(folder):
@@ -85,14 +92,20 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     rows: int | None = getattr(read_config(folder), "vocab_size", None)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        if rows is not None and last_token(tokenizer)[1] >= rows and (Path(folder) / "tokenizer.json").is_file():
+        if (
+            rows is not None
+            and last_token(tokenizer)[1] >= rows
+            and (Path(folder) / "tokenizer.json").is_file()
+        ):
             # Some classes add tokens of their own that the model has never seen; the file alone does not.
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception
         what = f"the tokenizer cannot be loaded ({first_line(error)})"
         raise InputError(what, where=path, code="bad-tokenizer") from None
     if not tokenizer.is_fast:
-        raise InputError("not a fast tokenizer: it gives no character offsets", where=path, code="slow-tokenizer")
+        raise InputError(
+            "not a fast tokenizer: it gives no character offsets", where=path, code="slow-tokenizer"
+        )
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end-of-text token", where=path, code="bad-tokenizer")
     token, last = last_token(tokenizer)
@@ -109,8 +122,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 def resolve_precision(precision: str, config: PretrainedConfig) -> str:
     """fp32 or bf16; `auto` takes bf16 where that is faster for a model of this config.
 
-    On a CPU that is not so below `BF16_WIDTH`: the library compiles a bf16 product for each new shape of a batch, and the
-    backward pass of bf16 attention over short texts is slow (benchmarks/precision.md).
+    On a CPU that is not so below `BF16_WIDTH`: the library compiles a bf16 product for each new shape of a batch,
+    and the backward pass of bf16 attention over short texts is slow (benchmarks/precision.md).
     """
     if precision != "auto":
         return precision

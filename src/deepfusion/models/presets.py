@@ -16,10 +16,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from transformers import (
-    AutoConfig,
-    PretrainedConfig,
-)
+from transformers import AutoConfig, PretrainedConfig
 
 from deepfusion.digests import checkpoint_digest, folder_digest
 from deepfusion.errors import InputError
@@ -47,7 +44,9 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "gpt2": Preset("openai-community/gpt2", "gpt2"),
-    "gpt2-medium": Preset("openai-community/gpt2-medium", "gpt2", {"n_embd": 1024, "n_layer": 24, "n_head": 16}),
+    "gpt2-medium": Preset(
+        "openai-community/gpt2-medium", "gpt2", {"n_embd": 1024, "n_layer": 24, "n_head": 16}
+    ),
     "tinyllama": Preset(
         "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
         "llama",
@@ -60,7 +59,11 @@ PRESETS: dict[str, Preset] = {
         {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 16}
         | {"vocab_size": 50304, "max_position_embeddings": 2048, "tie_word_embeddings": True},
     ),
-    "bloom-1b1": Preset("bigscience/bloom-1b1", "bloom", {"hidden_size": 1536, "n_layer": 24, "n_head": 16, "vocab_size": 250880}),
+    "bloom-1b1": Preset(
+        "bigscience/bloom-1b1",
+        "bloom",
+        {"hidden_size": 1536, "n_layer": 24, "n_head": 16, "vocab_size": 250880},
+    ),
     **{
         name: Preset()
         for name in (
@@ -113,15 +116,23 @@ def _download(type: str, hub: str, weights: bool = True) -> str:
     try:
         return snapshot_download(hub, allow_patterns=wanted, ignore_patterns="*/*")
     except GatedRepoError:
-        what, fix = f"the hub gives {hub} only to those who have accepted its terms", "accept them there, and hf auth login"
+        what, fix = (
+            f"the hub gives {hub} only to those who have accepted its terms",
+            "accept them there, and hf auth login",
+        )
         raise InputError(what, where=type, fix=fix, code="no-model") from None
     except (RepositoryNotFoundError, HFValidationError):
-        what, fix = f"the hub has no model {hub}", "mend the name, or name a local folder that holds the checkpoint"
+        what, fix = (
+            f"the hub has no model {hub}",
+            "mend the name, or name a local folder that holds the checkpoint",
+        )
         raise InputError(what, where=type, fix=fix, code="no-model") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         fix = "name a local folder that holds the checkpoint, or fetch it into the cache while there is a network"
-        raise InputError(f"{hub} is not in the cache of the hub, and {why}", where=type, fix=fix, code="no-model") from None
+        raise InputError(
+            f"{hub} is not in the cache of the hub, and {why}", where=type, fix=fix, code="no-model"
+        ) from None
 
 
 _TINY_BASES = {
@@ -167,7 +178,8 @@ def base_digest(type: str) -> str:
 
 
 def local_digest(type: str) -> str:
-    """Digest of all files of a public checkpoint that is a folder here or comes with the package; empty for one of the hub.
+    """Digest of all files of a public checkpoint that is a folder here or comes with the package; empty for one of
+    the hub.
 
     Raises:
         InputError: no such folder or preset.

@@ -42,7 +42,9 @@ def tokenizer_digest(folder: str | Path) -> str:
     try:
         backend = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
-        raise InputError(f"not a readable tokenizer ({first_line(error)})", where=path, code="bad-tokenizer") from None
+        raise InputError(
+            f"not a readable tokenizer ({first_line(error)})", where=path, code="bad-tokenizer"
+        ) from None
     backend.no_padding()
     backend.no_truncation()
     return hashlib.sha256(backend.to_str().encode()).hexdigest()

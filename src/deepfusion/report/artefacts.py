@@ -14,7 +14,9 @@ from deepfusion.config import Config
 
 
 def write_model_card(folder: Path, title: str, text: str, facts: Mapping[str, object]) -> None:
-    """Write `folder`/README.md: metadata that the Hugging Face hub reads, what the checkpoint is, and a table of facts."""
+    """Write `folder`/README.md: metadata that the Hugging Face hub reads, what the checkpoint is, and a table of
+    facts.
+    """
     rows = "".join(f"| {name} | {cell(value)} |\n" for name, value in facts.items())
     (folder / "README.md").write_text(
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [deepfusion]\n---\n\n"
@@ -37,17 +39,24 @@ def counted(number: int | None) -> str:
 
 
 def write_transport(uploads: Path, path: Path) -> None:
-    """Write the bytes that uploads take on the network [DF eq. 5]: each device sends its folder once and downloads nothing.
+    """Write the bytes that uploads take on the network [DF eq. 5]: each device sends its folder once and downloads
+    nothing.
 
-    The public checkpoint that a device starts from is not counted: it comes from a public source, whatever happens to the run.
+    The public checkpoint that a device starts from is not counted: it comes from a public source, whatever happens
+    to the run.
     """
     devices = {
-        folder.name: {"up_bytes": sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir()), "down_bytes": 0}
+        folder.name: {
+            "up_bytes": sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir()),
+            "down_bytes": 0,
+        }
         for folder in sorted(uploads.iterdir())
         if folder.is_dir()
     }
     total = sum(moved["up_bytes"] for moved in devices.values())
-    path.write_text(json.dumps({"devices": devices, "total_up_bytes": total, "total_down_bytes": 0}, indent=1), "utf-8")
+    path.write_text(
+        json.dumps({"devices": devices, "total_up_bytes": total, "total_down_bytes": 0}, indent=1), "utf-8"
+    )
 
 
 def write_final_card(config: Config, run: Path, folder: Path) -> None:
@@ -62,13 +71,19 @@ def write_final_card(config: Config, run: Path, folder: Path) -> None:
     evaluation = _read(run / "evaluation.json", {})
     model = _read(folder / "config.json", {})
     uploads = [entry for entry in registry.values() if entry["tokens"]]
-    tags = ["mixture-of-experts", "deepfusion", *(["federated-learning"] if uploads else []), "knowledge-distillation"]
+    tags = [
+        "mixture-of-experts",
+        "deepfusion",
+        *(["federated-learning"] if uploads else []),
+        "knowledge-distillation",
+    ]
     metadata = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     tuned = f"Tuned for {config.tune.steps} steps" if config.tune.steps else "Not tuned after the merge"
     parts = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
         f"# DeepFusion MoE ({config.family})",
-        f"One Mixture-of-Experts model made by DeepFusion {__version__}{_origin(len(uploads), len(registry) - len(uploads))}. "
+        "One Mixture-of-Experts model made by DeepFusion "
+        f"{__version__}{_origin(len(uploads), len(registry) - len(uploads))}. "
         f"Recipe `{config.recipe}`, seed {config.seed}, {f'{len(clusters)} proxies, ' if clusters else ''}"
         f"{config.experts} experts, top-{config.top_k}. {tuned}.",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -84,8 +99,16 @@ def write_final_card(config: Config, run: Path, folder: Path) -> None:
 
 
 def _origin(uploads: int, plain: int) -> str:
-    parts = [f" {_number(uploads, 'model')} that devices fine-tuned on text of their own, which no upload holds"] if uploads else []
-    parts += [f" {_number(plain, 'checkpoint')} that {_were(plain)} given; how they were trained is not known"] if plain else []
+    parts = (
+        [f" {_number(uploads, 'model')} that devices fine-tuned on text of their own, which no upload holds"]
+        if uploads
+        else []
+    )
+    parts += (
+        [f" {_number(plain, 'checkpoint')} that {_were(plain)} given; how they were trained is not known"]
+        if plain
+        else []
+    )
     return f" of{' and of'.join(parts)}" if parts else ""
 
 
@@ -140,17 +163,28 @@ def _metrics(evaluation: dict[str, Any]) -> str:
         "no distillation": references.get("no_distillation"),
         "public base": references.get("base"),
     }
-    forms = {"log_perplexity": ".3f", "bits_per_byte": ".3f", "token_accuracy": ".1%", "choice_accuracy": ".1%"}
+    forms = {
+        "log_perplexity": ".3f",
+        "bits_per_byte": ".3f",
+        "token_accuracy": ".1%",
+        "choice_accuracy": ".1%",
+    }
     rows = []
     for name, found in names.items():
         if found:
-            known = {key: [row[key] for row in found["by_domain"].values() if row.get(key) is not None] for key in forms}
+            known = {
+                key: [row[key] for row in found["by_domain"].values() if row.get(key) is not None]
+                for key in forms
+            }
             shown = [format(sum(v) / len(v), forms[key]) if v else "-" for key, v in known.items()]
             rows.append(f"| {name} | {' | '.join(shown)} |")
     if not rows:
         return ""
     domains = ", ".join(cell(domain) for domain in evaluation["moe"]["by_domain"])
-    header = "| model | log-perplexity (nats/token) | bits per byte | token accuracy | choice accuracy |\n|---|---|---|---|---|\n"
+    header = (
+        "| model | log-perplexity (nats/token) | bits per byte | token accuracy | choice "
+        "accuracy |\n|---|---|---|---|---|\n"
+    )
     return f"## Held-out text\n\nMean over the domains {domains}.\n\n{header}" + "\n".join(rows)
 
 

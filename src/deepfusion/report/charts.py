@@ -46,13 +46,23 @@ def line_chart(series: Mapping[str, Sequence[Point]], title: str, x_label: str, 
         x, y = place(tick, y_ticks[0])
         parts.append(_text(x, y + 15, f"{tick:g}", "tick middle"))
     parts.append(_text((left + width) / 2, height - 8, x_label, "tick middle"))
-    parts.append(Markup('<text class="tick middle" transform="translate(12 {}) rotate(-90)">{}</text>').format(height / 2, y_label))
+    parts.append(
+        Markup('<text class="tick middle" transform="translate(12 {}) rotate(-90)">{}</text>').format(
+            height / 2, y_label
+        )
+    )
     for index, (name, line) in enumerate(series.items()):
         if len(line) == 1:
-            parts.append(Markup('<circle cx="{:.1f}" cy="{:.1f}" r="3" fill="{}"/>').format(*place(*line[0]), colour(index)))
+            parts.append(
+                Markup('<circle cx="{:.1f}" cy="{:.1f}" r="3" fill="{}"/>').format(
+                    *place(*line[0]), colour(index)
+                )
+            )
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
         parts.append(
-            Markup('<polyline points="{}" stroke="{}" class="line"><title>{}</title></polyline>').format(path, colour(index), name)
+            Markup('<polyline points="{}" stroke="{}" class="line"><title>{}</title></polyline>').format(
+                path, colour(index), name
+            )
         )
     named = list(series) if len(series) <= MOST_NAMED else []
     return _figure(width, height, parts, title) + legend(named)
@@ -107,7 +117,9 @@ def heat_map(
     return _figure(max(width, 7 * len(title) + 10), low_edge + 6, parts, title)
 
 
-def grouped_bars(groups: Sequence[str], series: Mapping[str, Sequence[float | None]], title: str, form: str) -> Markup:
+def grouped_bars(
+    groups: Sequence[str], series: Mapping[str, Sequence[float | None]], title: str, form: str
+) -> Markup:
     """Horizontal bars: for each group one bar per series, its number beside it; None leaves the bar out."""
     width, bar, left = 1000, 15, 130
     longest = max(value for values in series.values() for value in values if value is not None)
@@ -133,7 +145,9 @@ def legend(names: Sequence[str]) -> Markup:
     return Markup('<div class="legend">{}</div>').format(items)
 
 
-def _cell(x: float, y: float, width: float, height: float, value: float, low: float, high: float, form: str) -> Markup:
+def _cell(
+    x: float, y: float, width: float, height: float, value: float, low: float, high: float, form: str
+) -> Markup:
     share = (value - low) / (high - low) if high > low else 0.5
     share = min(max(share, 0.0), 1.0)
     fill = to_hex(colormaps["Blues"](share))
@@ -150,7 +164,9 @@ def _text(x: float, y: float, text: str, kind: str) -> Markup:
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
-    return Markup('<line x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}" class="{}"/>').format(x1, y1, x2, y2, kind)
+    return Markup('<line x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}" class="{}"/>').format(
+        x1, y1, x2, y2, kind
+    )
 
 
 def _figure(width: float, height: float, parts: Sequence[Markup], label: str) -> Markup:

@@ -39,7 +39,8 @@ METRICS = {
     "choice_accuracy": (
         "Multiple-choice accuracy",
         ".1%",
-        "Higher is better. The option of the highest likelihood per byte is the model's choice; evaluation.json also has acc and "
+        "Higher is better. The option of the highest likelihood per byte is the model's choice; "
+        "evaluation.json also has acc and "
         "acc_norm as lm-evaluation-harness defines them.",
     ),
 }
@@ -73,7 +74,11 @@ class Model:
 
 def is_report(folder: Path) -> bool:
     """Whether a folder holds nothing but the page that `run` writes."""
-    if not folder.is_dir() or folder.is_symlink() or any(path.name != "index.html" for path in folder.iterdir()):
+    if (
+        not folder.is_dir()
+        or folder.is_symlink()
+        or any(path.name != "index.html" for path in folder.iterdir())
+    ):
         return False
     page = folder / "index.html"
     return not page.exists() or (page.is_file() and _TITLE in page.read_text("utf-8", "replace")[:2000])
@@ -81,7 +86,9 @@ def is_report(folder: Path) -> bool:
 
 def render(folder: Path) -> str:
     """The page as HTML; names that came with uploads are escaped."""
-    environment = Environment(loader=PackageLoader("deepfusion", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("deepfusion", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {"size": _size, "duration": _duration, "signed": _signed, "counted": counted}
     evaluation, manifest = _read(folder / "evaluation.json"), _read(folder / "manifest.json")
     registry, clusters = _read(folder / "registry.json"), _read(folder / "clusters.json")
@@ -170,13 +177,18 @@ def _metric_tables(models: list[Model]) -> list[Json]:
                 rows.append((model, values))
         if not rows:
             continue
-        columns = [[value for value in column if value is not None] for column in zip(*(values for _, values in rows), strict=True)]
+        columns = [
+            [value for value in column if value is not None]
+            for column in zip(*(values for _, values in rows), strict=True)
+        ]
         choose = max if metric.endswith("accuracy") else min
         best = [choose(column) if column else None for column in columns]
         lines = [
             {
                 "name": model.name,
-                "cells": [(_number(v, form), v is not None and v == b) for v, b in zip(values, best, strict=True)],
+                "cells": [
+                    (_number(v, form), v is not None and v == b) for v, b in zip(values, best, strict=True)
+                ],
             }
             for model, values in rows
         ]
@@ -186,7 +198,11 @@ def _metric_tables(models: list[Model]) -> list[Json]:
 
 def _asked(models: list[Model], metric: str) -> list[str]:
     """The domains on which the MoE has the metric (multiple choice needs options)."""
-    return [domain for domain in models[0].by_domain if models[0].value(metric, domain) is not None] if models else []
+    return (
+        [domain for domain in models[0].by_domain if models[0].value(metric, domain) is not None]
+        if models
+        else []
+    )
 
 
 def _bars(models: list[Model]) -> Markup | None:
@@ -210,12 +226,18 @@ def _similarity(clusters: Json | None) -> Markup | None:
     if not order:
         return None
     ordered, labels = [[matrix[i][j] for j in order] for i in order], [names[i] for i in order]
-    return heat_map(ordered, labels, labels, "Cosine similarity, ordered by cluster", ".2f", breaks[1:], high=1.0)
+    return heat_map(
+        ordered, labels, labels, "Cosine similarity, ordered by cluster", ".2f", breaks[1:], high=1.0
+    )
 
 
 def _devices(registry: Any, clusters: Json | None, transport: Json | None) -> list[Json]:
     """One row per accepted device: what it is, where it was put, what it moved."""
-    placed = {device: cluster["id"] for cluster in (clusters or {}).get("clusters", []) for device in cluster["devices"]}
+    placed = {
+        device: cluster["id"]
+        for cluster in (clusters or {}).get("clusters", [])
+        for device in cluster["devices"]
+    }
     moved = (transport or {}).get("devices", {})
     keys = ("device", "type", "method", "documents", "tokens", "loss_before", "loss_after", "bytes")
     rows = []
@@ -239,7 +261,12 @@ def _curves(path: Path) -> list[Markup]:
             # A resumed training logs some steps again; the later row counts.
             stages.setdefault(str(row.get("stage")), {}).setdefault(str(row.get("unit")), {})[step] = loss
     return [
-        line_chart({unit: sorted(points.items()) for unit, points in sorted(units.items())}, stage, "step", "training loss")
+        line_chart(
+            {unit: sorted(points.items()) for unit, points in sorted(units.items())},
+            stage,
+            "step",
+            "training loss",
+        )
         for stage, units in stages.items()
     ]
 
@@ -277,7 +304,11 @@ def _facts(config: str | None, registry: Any, manifest: Json | None) -> list[str
 def _lineage(manifest: Json | None) -> list[tuple[str, str, str]]:
     """(stage, artefact, start of its digest) of everything that the finished stages left."""
     stages = (manifest or {}).get("stages") or {}
-    return [(name, path, digest[:16]) for name, stage in stages.items() for path, digest in (stage.get("digests") or {}).items()]
+    return [
+        (name, path, digest[:16])
+        for name, stage in stages.items()
+        for path, digest in (stage.get("digests") or {}).items()
+    ]
 
 
 def _stages(manifest: Json | None) -> list[Json]:

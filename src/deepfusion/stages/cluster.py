@@ -39,7 +39,12 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     result = {
         "experts": config.experts,
         "types": [
-            {"signature": signature, "type": devices[members[0]]["type"], "devices": len(members), "share": share}
+            {
+                "signature": signature,
+                "type": devices[members[0]]["type"],
+                "devices": len(members),
+                "share": share,
+            }
             for (signature, members), share in zip(types.items(), shares, strict=True)
         ],
         "clusters": clusters,

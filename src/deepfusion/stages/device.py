@@ -48,7 +48,11 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
         InputError: there is no private data, or the devices do not fit `experts`.
     """
     jobs = [
-        {**device, "upload": out / "uploads" / str(device["device"].id), "work": out / "work" / str(device["device"].id)}
+        {
+            **device,
+            "upload": out / "uploads" / str(device["device"].id),
+            "work": out / "work" / str(device["device"].id),
+        }
         for device in simulated_devices(config)
     ]
     cards = run_jobs(train_device, jobs, config.jobs)
@@ -61,7 +65,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
 
 
 def simulated_devices(config: Config) -> list[dict[str, Any]]:
-    """The devices of a simulation, each with its `config`, `device`, `private` and `held_out` documents for `train_device`.
+    """The devices of a simulation, each with its `config`, `device`, `private` and `held_out` documents for
+    `train_device`.
 
     Raises:
         InputError: there is no private data, or the devices do not fit `experts`.
@@ -73,12 +78,15 @@ def simulated_devices(config: Config) -> list[dict[str, Any]]:
     # Better said now than after all devices have trained.
     cluster_count(config, len(splits.devices), len({device.type for device in splits.devices}))
     return [
-        {"config": config, "device": device, "private": splits.private[device.id], "held_out": splits.held_out[device.id]}
+        {"config": config, "device": device, "private": splits.private[device.id],
+        "held_out": splits.held_out[device.id]}
         for device in splits.devices if device.id is not None
     ]  # fmt: skip
 
 
-def train_alone(config: Config, data: Path, upload: Path, type: str | None, memory: str | None, name: str | None) -> dict[str, Any]:
+def train_alone(
+    config: Config, data: Path, upload: Path, type: str | None, memory: str | None, name: str | None
+) -> dict[str, Any]:
     """Train one real device from its own file; what `deepfusion device train` runs.
 
     Args:
@@ -94,7 +102,9 @@ def train_alone(config: Config, data: Path, upload: Path, type: str | None, memo
     """
     types = [local_path(name) for name in ([type] if type else config.device.types) if name not in PRESETS]
     name = device_id(upload.resolve().name) if name is None else check_device_id(name)
-    upload = claim_upload(upload, [data, *local_files([str(data)]), *(folder for folder in types if folder.is_dir())])
+    upload = claim_upload(
+        upload, [data, *local_files([str(data)]), *(folder for folder in types if folder.is_dir())]
+    )
     windows = load_source(str(data))
     say_cut(windows, config.data.max_chars)
     if len(windows) < 2:
@@ -114,9 +124,16 @@ def train_alone(config: Config, data: Path, upload: Path, type: str | None, memo
     if open_work(work, key):
         progress.say(f"[device {name}] continues")
     elif other is not None:
-        progress.say(f"[device {name}] the unfinished training of another request is given up: this one begins anew")
-    with locked(work / LOCK, InputError("another process trains this upload", where=upload, fix="wait for it", code="run-busy")):
-        losses = train_device(config, device, order[count:], order[:count], work / "upload", work / "training")
+        progress.say(
+            f"[device {name}] the unfinished training of another request is given up: this one begins anew"
+        )
+    with locked(
+        work / LOCK,
+        InputError("another process trains this upload", where=upload, fix="wait for it", code="run-busy"),
+    ):
+        losses = train_device(
+            config, device, order[count:], order[:count], work / "upload", work / "training"
+        )
         note_made(upload, key, work / "upload")
         put(work / "upload", upload)
     remove(work)
@@ -127,7 +144,13 @@ def _request(config: Config, data: Path, device: DeviceSpec) -> str:
     """Digest of all that the upload of a device depends on, 64 hex digits."""
     settings = config_digest(config, "seed", "precision", *_READ, *(f"device.{key}" for key in _TRAINING))
     start = Path(device.type).name, checkpoint_digest(resolve(device.type))  # wherever it lies
-    parts = [__version__, settings, *(sha256_file(file) for file in local_files([str(data)])), *start, str(device.id)]
+    parts = [
+        __version__,
+        settings,
+        *(sha256_file(file) for file in local_files([str(data)])),
+        *start,
+        str(device.id),
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -146,7 +169,12 @@ def _largest(config: Config, memory: str, windows: list[Document]) -> str:
 
 
 def train_device(
-    config: Config, device: DeviceSpec, private: list[Document], held_out: list[Document], upload: Path, work: Path
+    config: Config,
+    device: DeviceSpec,
+    private: list[Document],
+    held_out: list[Document],
+    upload: Path,
+    work: Path,
 ) -> dict[str, Any]:
     """Train one device and write its upload folder; a finished upload is left alone, an unfinished training goes on.
 
@@ -168,7 +196,8 @@ def train_device(
         _check_memory(config, device, method)
     base = resolve(device.type)
     precision = resolve_precision(config.precision, read_config(base))
-    # Whatever is wrong with the public checkpoint, which others will read tensor by tensor, is said before the training.
+    # Whatever is wrong with the public checkpoint, which others will read tensor by tensor, is said before the
+    # training.
     if method != "full":
         require_plain(base)
     public = None if encoding == "weights" else open_base(device.type)
@@ -179,7 +208,9 @@ def train_device(
         torch.nn.Module.to(student, where)
     before = _loss(student, tokenizer, held_out, config)
     adapter = None
-    public_name = Path(device.type).name if Path(device.type).exists() else device.type  # a path may name the device's owner
+    public_name = (
+        Path(device.type).name if Path(device.type).exists() else device.type
+    )  # a path may name the device's owner
     if method != "full":
         torch.manual_seed(config.seed)
         adapter = get_peft_model(
@@ -191,9 +222,15 @@ def train_device(
                 task_type="CAUSAL_LM",
             ),
         )
-    windows = [Window(piece, "private") for document in private for piece in cut_windows(document, config.data.max_chars)]
+    windows = [
+        Window(piece, "private")
+        for document in private
+        for piece in cut_windows(document, config.data.max_chars)
+    ]
     steps = training_steps(config.device.steps, config.device.epochs, len(windows), config.device.batch_size)
-    order = reading_order([len(d.document.text) for d in windows], steps, config.device.batch_size, config.seed)
+    order = reading_order(
+        [len(d.document.text) for d in windows], steps, config.device.batch_size, config.seed
+    )
     train(
         Distiller(student, LossWeights()),
         [[windows[i] for i in batch] for batch in order],
@@ -220,14 +257,20 @@ def train_device(
             type=public_name,
             model_class=type(student).__name__,
             signature=type_signature(part, base_digest(device.type)),
-            base=public_name if method == "full" and public is None else device.type,  # all weights need no place on the server
+            base=public_name
+            if method == "full" and public is None
+            else device.type,  # all weights need no place on the server
             base_digest=base_digest(device.type),
             method=method,
             encoding=encoding,
             encoding_error=error,
-            embedding=embed([e.text for e in private], config.device.encoder, config.device.embedding_size).tolist(),
+            embedding=embed(
+                [e.text for e in private], config.device.encoder, config.device.embedding_size
+            ).tolist(),
             encoder=config.device.encoder,
-            tokens=sum(len(tokenizer(e.text, add_special_tokens=False, verbose=False).input_ids) for e in private),
+            tokens=sum(
+                len(tokenizer(e.text, add_special_tokens=False, verbose=False).input_ids) for e in private
+            ),
             documents=len(private),
             loss_before=before,
             loss_after=after,
@@ -253,7 +296,9 @@ def _save_weights(student: PreTrainedModel, adapter: Any, base: str, folder: Pat
         return
     settings = adapter.peft_config["default"]
     settings.base_model_name_or_path = name  # not where it lies on this device
-    settings.target_modules = sorted(settings.target_modules or ())  # a set, whose order differs between processes
+    settings.target_modules = sorted(
+        settings.target_modules or ()
+    )  # a set, whose order differs between processes
     adapter.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card names local paths
     read_config(base).save_pretrained(folder)  # the student's own may speak of quantisation
@@ -288,7 +333,12 @@ def _load_student(base: str, method: str, precision: str, name: str) -> PreTrain
 
 def _loss(model: PreTrainedModel, tokenizer: Any, held_out: list[Document], config: Config) -> float:
     measured = evaluate_model(
-        model, tokenizer, held_out, batch_size=config.evaluate.batch_size, max_chars=config.data.max_chars, choices=False
+        model,
+        tokenizer,
+        held_out,
+        batch_size=config.evaluate.batch_size,
+        max_chars=config.data.max_chars,
+        choices=False,
     )
     return float(measured["log_perplexity"])
 

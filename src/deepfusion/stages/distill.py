@@ -29,10 +29,13 @@ from deepfusion.report.artefacts import write_model_card
 from deepfusion.text.splits import make_splits
 
 
-def run(config: Config, inputs: dict[str, Path], out: Path, method: Callable[..., nn.Module] = Distiller) -> dict[str, Any]:
+def run(
+    config: Config, inputs: dict[str, Path], out: Path, method: Callable[..., nn.Module] = Distiller
+) -> dict[str, Any]:
     """Writes `out`/bases/: corpus.jsonl, trunk/ where there is one, and one checkpoint 0/, 1/, ... per expert.
 
-    Base k learns from proxy k. More proxies than experts teach a trunk that is all there is to learn (`clustering.proxies`).
+    Base k learns from proxy k. More proxies than experts teach a trunk that is all there is to learn
+    (`clustering.proxies`).
 
     `distill.steps` is shared out: `trunk_share` of it to the trunk, the rest in equal parts to the bases.
 
@@ -55,19 +58,26 @@ def run(config: Config, inputs: dict[str, Path], out: Path, method: Callable[...
     branch_steps = (config.distill.steps - trunk_steps) // config.experts
     if trunk_steps:
         trunk = {
-            "config": config, "start": start, "proxies": dict(enumerate(proxies)), "windows": corpus, "steps": trunk_steps,
+            "config": config, "start": start, "proxies": dict(enumerate(proxies)), "windows": corpus,
+            "steps": trunk_steps,
             "train_all": True, "unit": "trunk", "out": bases / "trunk", "work": work / "trunk", "method": method,
         }  # fmt: skip
         run_jobs(distill, [trunk], config.jobs)
         start = bases / "trunk"
     jobs = [
-        {"config": config, "start": start, "proxies": {k: proxies[k]}, "windows": _texts(config, corpus, k, bool(trunk_steps)),
+        {"config": config, "start": start, "proxies": {k: proxies[k]}, "windows": _texts(config, corpus, k,
+        bool(trunk_steps)),
          "steps": branch_steps, "train_all": config.distill.train == "all", "unit": f"base {k}", "out": bases / str(k),
          "work": work / str(k), "method": method}
         for k in range(config.experts)
     ]  # fmt: skip
     losses = run_jobs(distill, jobs, config.jobs)
-    return {"documents": len(corpus), "trunk_steps": trunk_steps, "steps_per_base": branch_steps, "losses": losses}
+    return {
+        "documents": len(corpus),
+        "trunk_steps": trunk_steps,
+        "steps_per_base": branch_steps,
+        "losses": losses,
+    }
 
 
 def _check_memory(config: Config, start: Path, proxies: list[Path]) -> None:
@@ -124,7 +134,9 @@ def distill(
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(train_all or ".mlp." in name)
         periods = reading_periods(windows, settings.sampled_share)
-        order = reading_order([len(d.document.text) for d in windows], steps, settings.batch_size, config.seed, periods)
+        order = reading_order(
+            [len(d.document.text) for d in windows], steps, settings.batch_size, config.seed, periods
+        )
         history = train(
             method(student, weights, teachers, vaa, config.seed),
             [[windows[i] for i in batch] for batch in order],
@@ -141,11 +153,17 @@ def distill(
     with whole_folder(out) as part:
         student.eval().save_pretrained(part)
         tokenizer.save_pretrained(part)
-        facts = {"architecture": type(student).__name__, "steps": steps, "documents": len(windows), "seed": config.seed}
+        facts = {
+            "architecture": type(student).__name__,
+            "steps": steps,
+            "documents": len(windows),
+            "seed": config.seed,
+        }
         text = _about(unit, proxies, steps, start == out.parent / "trunk")
         write_model_card(part, unit.capitalize(), text, facts)
         if config.merge.router == "prototype" and unit != "trunk":
-            # A proxy that knows no text best, as on finely mixed data, has no corner of its own: the middle of all text.
+            # A proxy that knows no text best, as on finely mixed data, has no corner of its own: the middle of all
+            # text.
             own = [d for d in windows if d.teacher in proxies] or windows
             rows = _prototype(student, tokenizer, own, config)
             save_file({"prototype": rows}, part / "prototype.safetensors")
@@ -159,16 +177,26 @@ def _about(unit: str, proxies: dict[int, Path], steps: int, from_trunk: bool) ->
     """What a student is, in the words of its card."""
     use = "every base starts from it" if unit == "trunk" else "its FFNs become an expert of the MoE"
     if not steps:
-        return f"A copy of the {'trunk' if from_trunk else 'dense model that it starts from'}, without any step of its own: {use}."
+        return (
+            f"A copy of the {'trunk' if from_trunk else 'dense model that it starts from'}, "
+            f"without any step of its own: {use}."
+        )
     teachers = "all proxies" if unit == "trunk" else f"proxy {min(proxies)}"
-    return f"A dense model distilled by DeepFusion from {teachers}{', starting from the trunk' if from_trunk else ''}: {use}."
+    return (
+        "A dense model distilled by DeepFusion from "
+        f"{teachers}{', starting from the trunk' if from_trunk else ''}: {use}."
+    )
 
 
-def _prototype(student: PreTrainedModel, tokenizer: Any, windows: list[Window], config: Config) -> torch.Tensor:
+def _prototype(
+    student: PreTrainedModel, tokenizer: Any, windows: list[Window], config: Config
+) -> torch.Tensor:
     """Mean input of every layer's FFN over the texts of one base: fp32 [layers, hidden]."""
     inputs: dict[str, list[torch.Tensor]] = {}
     hooks = [
-        module.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(name, []).append(args[0].mean((0, 1))))
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: inputs.setdefault(name, []).append(args[0].mean((0, 1)))
+        )
         for name, module in student.named_modules()
         if name.endswith(".mlp")
     ]

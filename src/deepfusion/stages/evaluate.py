@@ -75,14 +75,17 @@ class _Plan:
     known, as with uploads from elsewhere; then every domain is tried.
     """
 
-    def __init__(self, inputs: dict[str, Path], test: list[Document], private: dict[str, list[Document]]) -> None:
+    def __init__(
+        self, inputs: dict[str, Path], test: list[Document], private: dict[str, list[Document]]
+    ) -> None:
         self.domains = sorted({document.domain for document in test})
         self.devices: list[dict[str, Any]] = _read_json(inputs.get("registry")) or []
         self.clusters: list[dict[str, Any]] = (_read_json(inputs.get("clusters")) or {}).get("clusters", [])
         held = {entry["device"]: self._held(private.get(entry["device"], [])) for entry in self.devices}
         self.home = {device: _majority(counts) for device, counts in held.items()}
         self.cluster_domain = {
-            cluster["id"]: _majority(sum((held[device] for device in cluster["devices"]), Counter())) for cluster in self.clusters
+            cluster["id"]: _majority(sum((held[device] for device in cluster["devices"]), Counter()))
+            for cluster in self.clusters
         }
         self.folders: dict[str, Path] = {}
         self.wanted: dict[str, list[str]] = {}
@@ -90,7 +93,9 @@ class _Plan:
             self._add(name, inputs.get(name), self.domains)
         for cluster in self.clusters:
             number, members = cluster["id"], [self.home[device] for device in cluster["devices"]]
-            self._add(f"proxy {number}", _below(inputs, "proxies", number), [*members, self.cluster_domain[number]])
+            self._add(
+                f"proxy {number}", _below(inputs, "proxies", number), [*members, self.cluster_domain[number]]
+            )
         for device in self.home:
             clusters = [self.cluster_domain[c["id"]] for c in self.clusters if device in c["devices"]]
             self._add(f"device {device}", _below(inputs, "uploads", device), [self.home[device], *clusters])
@@ -140,7 +145,8 @@ def measure(
     means, domains = metrics["mean_over_domains"], list(metrics["by_domain"])
     progress.say(
         f"[evaluate {name}] {means['bits_per_byte']:.3f} bits per byte, {means['log_perplexity']:.3f} nats per token, "
-        f"token accuracy {means['token_accuracy']:.1%} on {', '.join(domains)}{' (mean over domains)' if len(domains) > 1 else ''}"
+        f"token accuracy {means['token_accuracy']:.1%} on "
+        f"{', '.join(domains)}{' (mean over domains)' if len(domains) > 1 else ''}"
     )
     return result
 
@@ -149,7 +155,8 @@ def _measure_all(config: Config, plan: _Plan, test: list[Document], units: Path)
     jobs = [
         {
             "name": name,
-            "unit": units.joinpath(*name.split(" ", 1)) / "measured.json",  # an id may be as long as a file name can be
+            "unit": units.joinpath(*name.split(" ", 1))
+            / "measured.json",  # an id may be as long as a file name can be
             "folder": folder,
             "documents": [document for document in test if document.domain in plan.wanted[name]],
             "batch_size": config.evaluate.batch_size,
@@ -230,7 +237,9 @@ def _against_members(plan: _Plan, measured: dict[str, dict[str, Any]]) -> list[d
     rows = []
     for cluster in plan.clusters:
         proxy = _metrics(measured, f"proxy {cluster['id']}")
-        members = [found for device in cluster["devices"] if (found := _metrics(measured, f"device {device}"))]
+        members = [
+            found for device in cluster["devices"] if (found := _metrics(measured, f"device {device}"))
+        ]
         if proxy and members:
             domain = _domain(plan, cluster["id"], proxy)
             own = proxy["by_domain"][domain]["log_perplexity"]

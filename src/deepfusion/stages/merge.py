@@ -72,8 +72,14 @@ def write_moe(config: Config, folders: list[Path], prototypes: bool, merged: Pat
 def _about(shape: MoELayout, folders: list[Path]) -> str:
     part = "the FFN" if shape.split == 1 else f"one of {shape.split} slices of the FFN"
     if len(set(folders)) == 1:
-        return f"A Mixture-of-Experts model made by DeepFusion of one dense base: every expert is {part} of it, the rest its own."
-    return f"A Mixture-of-Experts model merged by DeepFusion: an expert is {part} of a dense base, the rest the mean of the bases."
+        return (
+            "A Mixture-of-Experts model made by DeepFusion of one dense base: every expert is "
+            f"{part} of it, the rest its own."
+        )
+    return (
+        f"A Mixture-of-Experts model merged by DeepFusion: an expert is {part} of a dense base, "
+        "the rest the mean of the bases."
+    )
 
 
 def _facts(shape: MoELayout, count: dict[str, int]) -> dict[str, object]:
@@ -89,7 +95,12 @@ def _common_config(folders: list[Path]) -> PretrainedConfig:
     configs = []
     for folder in folders:
         if not (folder / "config.json").is_file():
-            raise InputError("no base checkpoint", where=folder, allowed=f"bases 0..{len(folders) - 1}", code="base-missing")
+            raise InputError(
+                "no base checkpoint",
+                where=folder,
+                allowed=f"bases 0..{len(folders) - 1}",
+                code="base-missing",
+            )
         configs.append(AutoConfig.from_pretrained(folder))
     first = configs[0].to_dict()
     for folder, other in zip(folders[1:], configs[1:], strict=True):
@@ -111,7 +122,9 @@ def _check_same_tokenizer(folders: list[Path]) -> None:
         other = {path.name: sha256_file(path) for path in tokenizer_files(folder)}
         for name in sorted(first.keys() | other.keys()):
             if first.get(name) != other.get(name):
-                raise InputError("the tokenizer differs from that of base 0", where=folder / name, code="bases-differ")
+                raise InputError(
+                    "the tokenizer differs from that of base 0", where=folder / name, code="bases-differ"
+                )
 
 
 def _prototype_router(folders: list[Path], base_config: PretrainedConfig) -> Tensor:
@@ -120,12 +133,22 @@ def _prototype_router(folders: list[Path], base_config: PretrainedConfig) -> Ten
     for folder in folders:
         path = folder / "prototype.safetensors"
         if not path.is_file():
-            raise InputError("no prototype", where=path, fix="redo distill, or set merge.router=random", code="prototype-missing")
+            raise InputError(
+                "no prototype",
+                where=path,
+                fix="redo distill, or set merge.router=random",
+                code="prototype-missing",
+            )
         prototypes.append(_read_prototype(path, (base_config.num_hidden_layers, base_config.hidden_size)))
     rows = F.normalize(torch.stack(prototypes, dim=1), dim=-1)
     rows = rows - rows.mean(dim=1, keepdim=True)
     if len(folders) > 1 and not rows.flatten(1).norm(dim=1).gt(1e-6).all():
-        raise InputError("all prototypes are equal", where=folders[0].parent, fix="set merge.router=random", code="prototype-equal")
+        raise InputError(
+            "all prototypes are equal",
+            where=folders[0].parent,
+            fix="set merge.router=random",
+            code="prototype-equal",
+        )
     return rows
 
 
@@ -134,12 +157,17 @@ def _read_prototype(path: Path, shape: tuple[int, int]) -> Tensor:
     found = tensors.get("prototype")
     if found is None or tuple(found.shape) != shape or not found.isfinite().all():
         raise InputError(
-            "no usable tensor prototype", where=path, allowed=f"finite numbers of shape {shape}", code="prototype-shape"
+            "no usable tensor prototype",
+            where=path,
+            allowed=f"finite numbers of shape {shape}",
+            code="prototype-shape",
         )
     return found.float()
 
 
 def _save_generation_config(base: Path, target: PretrainedConfig, merged: Path) -> None:
     known = (base / "generation_config.json").is_file()
-    generation = GenerationConfig.from_pretrained(base) if known else GenerationConfig.from_model_config(target)
+    generation = (
+        GenerationConfig.from_pretrained(base) if known else GenerationConfig.from_model_config(target)
+    )
     generation.save_pretrained(merged)

@@ -45,13 +45,16 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
 
 
 def _weights(config: Config, entries: list[dict[str, Any]]) -> list[float]:
-    """Of each member in the mean. Checkpoints that nobody prepared do not say how much text they have seen: all count alike."""
+    """Of each member in the mean. Checkpoints that nobody prepared do not say how much text they have seen: all count
+    alike.
+    """
     tokens = [float(entry["tokens"]) for entry in entries]
     return tokens if config.clustering.average == "tokens" and all(tokens) else [1.0] * len(entries)
 
 
 def average(folders: list[Path], entries: list[dict[str, Any]], weights: list[float], out: Path) -> None:
-    """`mbar = sum w_n m_n / sum w_n` over checkpoints of one type: accumulated in fp32, cast once, one tensor at a time.
+    """`mbar = sum w_n m_n / sum w_n` over checkpoints of one type: accumulated in fp32, cast once, one tensor at a
+    time.
 
     Args:
         folders: upload folders; an adapter stands for the public checkpoint plus its low-rank update, a compact upload
@@ -61,7 +64,8 @@ def average(folders: list[Path], entries: list[dict[str, Any]], weights: list[fl
         out: folder of the averaged checkpoint.
 
     Raises:
-        InputError: the public checkpoint of an adapter or a compact upload cannot be had, or buffers that must be equal differ.
+        InputError: the public checkpoint of an adapter or a compact upload cannot be had, or buffers that must be
+            equal differ.
     """
     dtype = torch.float32
     members = [_member(folder, entry) for folder, entry in zip(folders, entries, strict=True)]
@@ -71,7 +75,9 @@ def average(folders: list[Path], entries: list[dict[str, Any]], weights: list[fl
             if not first.is_floating_point():
                 for folder, member in zip(folders[1:], members[1:], strict=True):
                     if not torch.equal(first, member.get(name)):
-                        raise InputError(f"{name} differs from the others", where=folder, code="buffers-differ")
+                        raise InputError(
+                            f"{name} differs from the others", where=folder, code="buffers-differ"
+                        )
                 writer.add(name, first)
                 continue
             dtype = _widest([member.dtype(name) for member in members])

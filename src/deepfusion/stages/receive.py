@@ -29,8 +29,9 @@ SAMPLES = 64  # texts a plain checkpoint samples so that its knowledge can be em
 def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     """Copy the uploads in `given`, and in `late` if there is such a folder, to `out`/uploads.
 
-    Plain checkpoints get a card and an embedding of what they sample, adapters are merged into their bases before. What cannot be
-    read leaves its reason there. The registry decides what is sound. `out`/transport.json counts bytes.
+    Plain checkpoints get a card and an embedding of what they sample, adapters are merged into their bases before.
+    What cannot be read leaves its reason there. The registry decides what is sound. `out`/transport.json counts
+    bytes.
     """
     found = survey(inputs["given"], inputs.get("late"))
     if found.left_out:
@@ -42,7 +43,14 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
         if model.kind == "upload":
             copy_folder(model.folder, target / model.id)
         else:
-            plain.append({"model": model, "out": target / model.id, "work": out / "merged" / model.id, "config": config})
+            plain.append(
+                {
+                    "model": model,
+                    "out": target / model.id,
+                    "work": out / "merged" / model.id,
+                    "config": config,
+                }
+            )
     run_jobs(_adopt, plain, config.jobs)
     write_transport(target, out / "transport.json")
     return {"uploads": len(found.models), "plain_checkpoints": len(plain), "left_out": len(found.left_out)}
@@ -68,7 +76,9 @@ def _adopt(model: Given, out: Path, work: Path, config: Config) -> None:
         write_refusal(out, Problem(error.code, _without_place(error), model.folder.name))
         return
     except Exception as error:  # No checkpoint may stop the others, whatever it makes a library do.
-        write_refusal(out, Problem("unreadable", f"{type(error).__name__}: {str(error)[:200]}", model.folder.name))
+        write_refusal(
+            out, Problem("unreadable", f"{type(error).__name__}: {str(error)[:200]}", model.folder.name)
+        )
         return
     embedding = embed(texts, config.device.encoder, config.device.embedding_size)
     adopt_checkpoint(folder, out, model.id, embedding, config.device.encoder)
@@ -80,7 +90,11 @@ def _without_place(error: InputError) -> str:
 
 
 def _merge(adapter: Path, base: Path, out: Path) -> None:
-    """Write the whole model that an adapter stands for, in the dtype of its base, with the tokenizer that came with it."""
+    """Write the whole model that an adapter stands for, in the dtype of its base, with the tokenizer that came with
+    it.
+    """
     merged: Any = merged_model(adapter, base)
     merged.to(stored_dtype(base) or torch.float32).save_pretrained(out)
-    copy_tokenizer(adapter if (adapter / "tokenizer.json").is_file() or not tokenizer_files(base) else base, out)
+    copy_tokenizer(
+        adapter if (adapter / "tokenizer.json").is_file() or not tokenizer_files(base) else base, out
+    )

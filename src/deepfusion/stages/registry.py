@@ -24,7 +24,11 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
         InputError: no upload is sound.
     """
     uploads = inputs["uploads"]
-    folders = sorted(path for path in uploads.iterdir() if not path.name.startswith(".")) if uploads.is_dir() else []
+    folders = (
+        sorted(path for path in uploads.iterdir() if not path.name.startswith("."))
+        if uploads.is_dir()
+        else []
+    )
     specified = config.devices if isinstance(config.devices, list) else []
     bases = {*config.device.types, *(device.type for device in specified)}
     accepted: dict[str, Card] = {}
@@ -42,14 +46,20 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
         progress.say(f"[registry] {folder.name} set aside: {problems[0].message} [{problems[0].code}]")
     rejected |= _other_embeddings(accepted)
     if not accepted:
-        reasons = "; ".join(f"{name}: {found[0].message} [{found[0].code}]" for name, found in rejected.items())
+        reasons = "; ".join(
+            f"{name}: {found[0].message} [{found[0].code}]" for name, found in rejected.items()
+        )
         what = f"no sound upload ({reasons[:2000] or 'the folder is empty'})"
         raise InputError(what, where=uploads, code="no-uploads")
     entries = [_entry(uploads / name, card) for name, card in accepted.items()]
     refused = {name: [asdict(problem) for problem in found] for name, found in rejected.items()}
     (out / "registry.json").write_text(json.dumps(entries, indent=1), "utf-8")
     (out / "rejected.json").write_text(json.dumps(refused, indent=1), "utf-8")
-    return {"accepted": len(entries), "rejected": len(refused), "types": len({e["signature"] for e in entries})}
+    return {
+        "accepted": len(entries),
+        "rejected": len(refused),
+        "types": len({e["signature"] for e in entries}),
+    }
 
 
 def _check_against(name: str, card: Card, accepted: dict[str, Card], uploads: Path) -> list[Problem]:
@@ -57,7 +67,9 @@ def _check_against(name: str, card: Card, accepted: dict[str, Card], uploads: Pa
     if card.device != name:
         if (uploads / card.device).is_dir():
             return [Problem("duplicate-device", f"another upload of device {card.device}", "card.json")]
-        return [Problem("folder-name", f"the folder of this upload must be called {card.device}", "card.json")]
+        return [
+            Problem("folder-name", f"the folder of this upload must be called {card.device}", "card.json")
+        ]
     for other, known in accepted.items():
         if weights_digest(known) == weights_digest(card):
             return [Problem("duplicate-weights", f"the same weights as the upload of {other}", "card.json")]

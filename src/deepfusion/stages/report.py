@@ -29,5 +29,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     page.parent.mkdir(parents=True, exist_ok=True)
     write_whole(page, render(folder))
     if (folder / "moe" / "final").is_dir():
-        write_final_card(config, folder, folder / "moe" / "final")  # now the card can tell how the model measured
+        write_final_card(
+            config, folder, folder / "moe" / "final"
+        )  # now the card can tell how the model measured
     return {"bytes": page.stat().st_size}

@@ -24,9 +24,10 @@ from deepfusion.report.artefacts import write_final_card, write_model_card
 def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     """Writes `out`/moe/final and, unless `tune.control` is off, `out`/moe/control.
 
-    The control is the same MoE with the untouched public base in every expert, tuned by cross-entropy for the same number of
-    steps on the same public text: what the server could do without the devices. Samples of the proxies hold their knowledge,
-    so it never reads those; where there is no other text it stays untuned.
+    The control is the same MoE with the untouched public base in every expert, tuned by cross-entropy for the same
+    number of steps on the same public text: what the server could do without the devices. Samples of the proxies
+    hold their
+    knowledge, so it never reads those; where there is no other text it stays untuned.
     """
     moe = out / "moe"
     moe.mkdir(parents=True, exist_ok=True)
@@ -87,7 +88,10 @@ def tune(
         temperature=settings.temperature,
         sampled_ce=config.distill.sampled_ce,
     )
-    lengths, periods = [len(d.document.text) for d in windows], reading_periods(windows, config.distill.sampled_share)
+    lengths, periods = (
+        [len(d.document.text) for d in windows],
+        reading_periods(windows, config.distill.sampled_share),
+    )
     order = reading_order(lengths, steps, settings.batch_size, config.seed + 1, periods) if steps else []
     history = train(
         Distiller(student, weights, teachers),
@@ -105,7 +109,16 @@ def tune(
         student.eval().to(read_config(start).dtype).save_pretrained(part)
         tokenizer.save_pretrained(part)
         if unit == "control":  # the card of the MoE tells of the whole run
-            facts = {"public documents without samples of the proxies": len(windows), "steps": steps, "seed": config.seed}
-            write_model_card(part, "Control", "The same MoE with the public base as every expert; no device taught it.", facts)
+            facts = {
+                "public documents without samples of the proxies": len(windows),
+                "steps": steps,
+                "seed": config.seed,
+            }
+            write_model_card(
+                part,
+                "Control",
+                "The same MoE with the public base as every expert; no device taught it.",
+                facts,
+            )
     remove(work)
     return {key: value for key, value in history[-1].items() if key != "learning_rate"} if history else {}

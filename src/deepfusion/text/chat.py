@@ -1,4 +1,6 @@
-"""Conversations in the words of the model that reads them: what its own chat template writes around the contents of the turns."""
+"""Conversations in the words of the model that reads them: what its own chat template writes around the contents of
+the turns.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
         return tokenizer.get_chat_template()
     except ValueError as error:
         where = tokenizer.name_or_path
-        raise InputError(f"no default among its chat templates ({error})"[:300], where=where, code="chat-template") from None
+        raise InputError(
+            f"no default among its chat templates ({error})"[:300], where=where, code="chat-template"
+        ) from None
 
 
 def render(tokenizer: PreTrainedTokenizerBase, document: Document) -> Rendered:
@@ -62,10 +66,11 @@ def render(tokenizer: PreTrainedTokenizerBase, document: Document) -> Rendered:
 
 
 def places(document: Document, rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:
-    """Where each character of a rendered conversation stands in `document.text`: int64 starts and ends, one each a character.
+    """Where each character of a rendered conversation stands in `document.text`: int64 starts and ends, one each a
+    character.
 
-    Contents keep their characters. What the template writes before a content has no width and stands where, in plain words, the
-    label of the turn ends; what it writes after the last one stands at the end.
+    Contents keep their characters. What the template writes before a content has no width and stands where, in
+    plain words, the label of the turn ends; what it writes after the last one stands at the end.
     """
     starts = np.full(len(rendered.text), len(document.text), np.int64)
     ends = starts.copy()
@@ -81,7 +86,9 @@ def places(document: Document, rendered: Rendered) -> tuple[np.ndarray, np.ndarr
 class _Template:
     """A tokenizer that counts as equal to another with the same template and special tokens."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, special: tuple[tuple[str, str], ...]) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: str, special: tuple[tuple[str, str], ...]
+    ) -> None:
         self.tokenizer, self.key = tokenizer, (template, special)
 
     def __eq__(self, other: object) -> bool:
@@ -121,7 +128,11 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]
     template = chat_template(tokenizer) or ""
     if "strftime_now" in template:
         template = f"{{%- macro strftime_now(format) -%}}{_TODAY}{{%- endmacro %}}{template}"
-    return str(tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False, date_string=_TODAY))
+    return str(
+        tokenizer.apply_chat_template(
+            list(messages), chat_template=template, tokenize=False, date_string=_TODAY
+        )
+    )
 
 
 def _refused(template: _Template, roles: tuple[str, ...], why: str) -> InputError:

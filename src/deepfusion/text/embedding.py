@@ -12,12 +12,16 @@ from sklearn.preprocessing import normalize
 from deepfusion.errors import InputError
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-MINILM_VARIABLE = "DEEPFUSION_MINILM"  # environment variable: folder of the sentence encoder, where there is no network
+MINILM_VARIABLE = (
+    "DEEPFUSION_MINILM"  # environment variable: folder of the sentence encoder, where there is no network
+)
 _BUCKETS = 2**16
 _PROJECTION_SEED = 20260214  # every device must project alike
 
 
-def embed(texts: Sequence[str], encoder: str = "hashing", size: int = 64, model: str | None = None) -> np.ndarray:
+def embed(
+    texts: Sequence[str], encoder: str = "hashing", size: int = 64, model: str | None = None
+) -> np.ndarray:
     """Embed a device's texts: the mean over its documents, float32 [size], of length 1.
 
     Args:
@@ -32,7 +36,11 @@ def embed(texts: Sequence[str], encoder: str = "hashing", size: int = 64, model:
     """
     if not texts or not any(text.strip() for text in texts):
         raise InputError("there is no text to embed", code="no-text")
-    mean = _hashed(texts) if encoder == "hashing" else _minilm(texts, model or os.environ.get(MINILM_VARIABLE, MINILM))
+    mean = (
+        _hashed(texts)
+        if encoder == "hashing"
+        else _minilm(texts, model or os.environ.get(MINILM_VARIABLE, MINILM))
+    )
     if len(mean) > size:
         mean = _project(mean, size)
     norm = float(np.linalg.norm(mean))
@@ -53,14 +61,18 @@ def _minilm(texts: Sequence[str], model: str) -> np.ndarray:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         fix = "pip install deepfusion[minilm]"
-        raise InputError("sentence-transformers is missing", where="device.encoder", fix=fix, code="no-minilm") from None
+        raise InputError(
+            "sentence-transformers is missing", where="device.encoder", fix=fix, code="no-minilm"
+        ) from None
     try:
         loaded = SentenceTransformer(model, device="cpu", trust_remote_code=False)
     except (OSError, ValueError) as error:
         what = f"the sentence encoder cannot be loaded ({str(error).splitlines()[0]})"
         fix = f"set {MINILM_VARIABLE} to a folder that holds it"
         raise InputError(what, where=model, fix=fix, code="no-minilm") from None
-    return np.asarray(loaded.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)).mean(axis=0)
+    return np.asarray(loaded.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)).mean(
+        axis=0
+    )
 
 
 def _project(vector: np.ndarray, size: int) -> np.ndarray:

@@ -50,7 +50,9 @@ def partition(
     return [[documents[index] for index in sorted(part)] for part in parts]
 
 
-def _by_domain(groups: list[list[int]], devices: int, alpha: float, least: int, generator: np.random.Generator) -> list[list[int]]:
+def _by_domain(
+    groups: list[list[int]], devices: int, alpha: float, least: int, generator: np.random.Generator
+) -> list[list[int]]:
     groups = sorted(groups, key=len, reverse=True)
     large = [group for group in groups if len(group) >= least][:devices] or groups[:devices]
     # Largest remainder, each domain at least one device.
@@ -67,10 +69,14 @@ def _by_domain(groups: list[list[int]], devices: int, alpha: float, least: int, 
     return parts
 
 
-def _uneven_sizes(total: int, parts: int, alpha: float, least: int, generator: np.random.Generator) -> list[int]:
+def _uneven_sizes(
+    total: int, parts: int, alpha: float, least: int, generator: np.random.Generator
+) -> list[int]:
     """Sizes that add up to `total`: `least` each (the mean where that is less) and the rest by Dirichlet(alpha)."""
     least = min(least, total // parts)
-    return (least + generator.multinomial(total - least * parts, generator.dirichlet([alpha] * parts))).tolist()
+    return (
+        least + generator.multinomial(total - least * parts, generator.dirichlet([alpha] * parts))
+    ).tolist()
 
 
 def _cut(items: list[int], sizes: list[int]) -> list[list[int]]:

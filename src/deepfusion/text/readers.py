@@ -1,7 +1,8 @@
-"""The rows of a data file, whatever it is called: JSON lines, JSON, CSV, Parquet and Arrow, plain or packed, UTF-8 or UTF-16.
+"""The rows of a data file, whatever it is called: JSON lines, JSON, CSV, Parquet and Arrow, plain or packed, UTF-8 or
+UTF-16.
 
-A file is known by what it holds. Python's own readers and pyarrow do the work: `datasets` would keep a copy of private text in a
-cache, guess types by column and read "NA" as nothing.
+A file is known by what it holds. Python's own readers and pyarrow do the work: `datasets` would keep a copy of
+private text in a cache, guess types by column and read "NA" as nothing.
 """
 
 from __future__ import annotations
@@ -23,8 +24,24 @@ from typing import IO, Any
 from deepfusion.errors import InputError
 from deepfusion.text.rows import FORMATS
 
-KEYS = ("text", "prompt", "completion", "question", "messages", "conversations", "instruction")  # one of them is in every row
-_BESIDE = ("options", "choices", "answer", "answer_idx", "domain", "input", "output")  # what stands beside them
+KEYS = (
+    "text",
+    "prompt",
+    "completion",
+    "question",
+    "messages",
+    "conversations",
+    "instruction",
+)  # one of them is in every row
+_BESIDE = (
+    "options",
+    "choices",
+    "answer",
+    "answer_idx",
+    "domain",
+    "input",
+    "output",
+)  # what stands beside them
 PACKED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 # What datasets and checkpoints keep beside their data.
@@ -147,7 +164,9 @@ def _encoding(head: bytes) -> str:
 
 
 def _lines(path: Path, file: IO[bytes], encoding: str) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers from 1; only line feeds end them. UTF-8 is decoded line by line, so that an error names its line."""
+    """Lines with their numbers from 1; only line feeds end them. UTF-8 is decoded line by line, so that an error
+    names its line.
+    """
     number = 0
     try:
         if encoding in ("utf-8", "utf-8-sig"):
@@ -160,11 +179,17 @@ def _lines(path: Path, file: IO[bytes], encoding: str) -> Iterator[tuple[int, st
                 yield number, line
     except UnicodeDecodeError as error:
         place, fix = f"{path}:{max(number, 1)}", "save it as UTF-8"
-        raise InputError(f"not {encoding.upper()} text: {error.reason}", where=place, fix=fix, code="bad-text-encoding") from None
+        raise InputError(
+            f"not {encoding.upper()} text: {error.reason}", where=place, fix=fix, code="bad-text-encoding"
+        ) from None
 
 
-def _json_rows(path: Path, number: int, line: str, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[str, object]]:
-    """JSON lines; else values that run over lines, of which one alone may be a list of the rows, or an object that holds it."""
+def _json_rows(
+    path: Path, number: int, line: str, lines: Iterator[tuple[int, str]]
+) -> Iterator[tuple[str, object]]:
+    """JSON lines; else values that run over lines, of which one alone may be a list of the rows, or an object that
+    holds it.
+    """
     if line.lstrip()[0] == "{":
         with suppress(ValueError, RecursionError):
             first = json.loads(line)
@@ -177,7 +202,9 @@ def _json_rows(path: Path, number: int, line: str, lines: Iterator[tuple[int, st
     text = line + "".join(later for _, later in lines)
     values = list(_json_values(path, number, text))
     rows = _wrapped(values[0][1]) if len(values) == 1 else None
-    yield from values if rows is None else ((f"{path}, row {index}", row) for index, row in enumerate(rows, 1))
+    yield from (
+        values if rows is None else ((f"{path}, row {index}", row) for index, row in enumerate(rows, 1))
+    )
 
 
 def _wrapped(value: object) -> list[object] | None:
@@ -185,7 +212,11 @@ def _wrapped(value: object) -> list[object] | None:
     if isinstance(value, Mapping) and not {str(key) for key in value}.isdisjoint(KEYS):
         return None
     if isinstance(value, Mapping):
-        lists = [part for part in value.values() if isinstance(part, list) and part and isinstance(part[0], Mapping)]
+        lists = [
+            part
+            for part in value.values()
+            if isinstance(part, list) and part and isinstance(part[0], Mapping)
+        ]
         return lists[0] if len(lists) == 1 else None
     return value if isinstance(value, list) else None
 
@@ -216,11 +247,15 @@ def _json_values(path: Path, number: int, text: str) -> Iterator[tuple[str, obje
         line += text.count("\n", begin, at)
 
 
-def _csv_rows(path: Path, number: int, line: str, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[str, object]]:
+def _csv_rows(
+    path: Path, number: int, line: str, lines: Iterator[tuple[int, str]]
+) -> Iterator[tuple[str, object]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     for delimiter in ",\t;|":
         with suppress(csv.Error):
-            columns = [name.strip() for name in next(csv.reader([line.rstrip("\r\n")], delimiter=delimiter), [])]
+            columns = [
+                name.strip() for name in next(csv.reader([line.rstrip("\r\n")], delimiter=delimiter), [])
+            ]
             columns = [name.lower() if name.lower() in (*KEYS, *_BESIDE) else name for name in columns]
             if not set(columns).isdisjoint(KEYS):
                 break
@@ -229,7 +264,9 @@ def _csv_rows(path: Path, number: int, line: str, lines: Iterator[tuple[int, str
             what, code = f"no known column in {line.strip()[:200]!r}", "unknown-format"
         else:
             what, code = "the file looks like plain text", "bad-file"
-        raise InputError(what, where=f"{path}:{number}", allowed=FORMATS, fix=f"one document a row, as {_READS}", code=code)
+        raise InputError(
+            what, where=f"{path}:{number}", allowed=FORMATS, fix=f"one document a row, as {_READS}", code=code
+        )
     if twice := sorted({name for name in columns if name and columns.count(name) > 1}):
         raise InputError(f"the column {twice[0]} stands twice", where=f"{path}:{number}", code="bad-csv")
     reader = csv.reader((later for _, later in lines), delimiter=delimiter, strict=True)
@@ -250,7 +287,9 @@ def _csv_rows(path: Path, number: int, line: str, lines: Iterator[tuple[int, str
 
 
 def _csv_row(cells: dict[str, str], place: str) -> dict[str, Any]:
-    """Cells as the values that JSON would have: empty ones are absent, lists and objects are parsed, indexes are numbers."""
+    """Cells as the values that JSON would have: empty ones are absent, lists and objects are parsed, indexes are
+    numbers.
+    """
     row: dict[str, Any] = {key: value for key, value in cells.items() if value.strip()}
     if set(row).isdisjoint(KEYS):
         row = dict(cells)  # so that what is empty is called so

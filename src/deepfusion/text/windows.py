@@ -15,8 +15,8 @@ def cut_windows(document: Document, max_chars: int) -> list[Document]:
 
     A short completion keeps the end of its prompt in one window. A completion of more than half a window is cut into
     consecutive windows, the first with the end of the prompt in at most half of it, the others without a prompt. The
-    completions of the windows make up the whole completion. Options survive where there is one window. A conversation is cut
-    between its exchanges.
+    completions of the windows make up the whole completion. Options survive where there is one window. A
+    conversation is cut between its exchanges.
 
     Raises:
         InputError: windows of less than two characters.
@@ -39,7 +39,9 @@ def cut_windows(document: Document, max_chars: int) -> list[Document]:
 
 
 def _cut_text(text: str, first: int, room: int) -> list[str]:
-    """Pieces of at most `room` characters, the first of at most `first`, each but the first from a white space if there is one."""
+    """Pieces of at most `room` characters, the first of at most `first`, each but the first from a white space if
+    there is one.
+    """
     pieces, start, size = [], 0, first
     while len(text) - start > size:
         end = next((index for index in range(start + size, start, -1) if text[index].isspace()), start + size)
@@ -49,10 +51,11 @@ def _cut_text(text: str, first: int, room: int) -> list[str]:
 
 
 def _chat_windows(document: Document, max_chars: int) -> list[Document]:
-    """As many exchanges as fit in each window: an exchange ends with a learned turn, and every learned turn is in one window.
+    """As many exchanges as fit in each window: an exchange ends with a learned turn, and every learned turn is in one
+    window.
 
-    Of an exchange that does not fit, the end of what was said last before it and the beginning of the learned turn make one
-    window, and the rest of that turn plain texts.
+    Of an exchange that does not fit, the end of what was said last before it and the beginning of the learned turn
+    make one window, and the rest of that turn plain texts.
     """
     cut: list[Document] = []
     kept: list[Turn] = []
@@ -76,7 +79,10 @@ def _long_exchange(exchange: list[Turn], domain: str, max_chars: int) -> list[Do
     *before, answer = exchange
     labels = len(answer.label) + 1 + sum(len(turn.label) + 2 for turn in before[-1:])
     room = max(max_chars - labels, 2)
-    asked = [turn._replace(content=_prompt_end(turn.content, max(room - len(answer.content), room // 2))) for turn in before[-1:]]
+    asked = [
+        turn._replace(content=_prompt_end(turn.content, max(room - len(answer.content), room // 2)))
+        for turn in before[-1:]
+    ]
     pieces = _cut_text(answer.content, room - sum(len(turn.content) for turn in asked), max_chars)
     first = conversation([*asked, answer._replace(content=pieces[0])], domain)
     return [first, *(Document("", piece, domain) for piece in pieces[1:])]
@@ -85,11 +91,15 @@ def _long_exchange(exchange: list[Turn], domain: str, max_chars: int) -> list[Do
 def say_cut(documents: Sequence[Document], max_chars: int) -> None:
     """Tell how many documents do not fit in a window with all that stands before what is learned."""
     cut = sum(
-        len(e.text) > max_chars and (bool(e.turns) or len(e.prompt) > max(max_chars - len(e.completion), max_chars // 2))
+        len(e.text) > max_chars
+        and (bool(e.turns) or len(e.prompt) > max(max_chars - len(e.completion), max_chars // 2))
         for e in documents
     )
     if cut:
-        what = f"{cut} of {len(documents)} documents are longer than {max_chars} characters and lose the beginning of their prompt"
+        what = (
+            f"{cut} of {len(documents)} documents are longer than {max_chars} characters and lose "
+            "the beginning of their prompt"
+        )
         progress.say_once(f"[data] {what} (max_chars)")
 
 

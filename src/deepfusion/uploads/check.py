@@ -16,7 +16,13 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from deepfusion.digests import sha256_file
 from deepfusion.errors import InputError
-from deepfusion.models.adapters import ADAPTER, ADAPTER_CONFIG, adapter_shapes, check_adapter_config, open_adapter
+from deepfusion.models.adapters import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    adapter_shapes,
+    check_adapter_config,
+    open_adapter,
+)
 from deepfusion.models.architecture import Architecture, architecture, read_config
 from deepfusion.models.checkpoints import INDEX, TensorReader
 from deepfusion.models.compact import DELTA, FORMAT, Compact, stored_tensors
@@ -27,7 +33,9 @@ from deepfusion.uploads.card import CARD, FILE_NAMES, MAX_CARD_BYTES, MAX_JSON_B
 
 REFUSAL = "refused.json"
 MAX_HEADER_BYTES = 16 * 2**20
-MAX_VALUE = 1e6  # no weight of a sound model comes near; larger ones would drown the other members of a cluster
+MAX_VALUE = (
+    1e6  # no weight of a sound model comes near; larger ones would drown the other members of a cluster
+)
 
 _CODE = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle|py|pyc|so|sh|npy|npz|joblib)", re.IGNORECASE)
 _SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", ADAPTER_CONFIG)
@@ -39,8 +47,33 @@ _FORBIDDEN = {
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 # Decoder-only classes that build on the meta device without running anything that a config could blow up.
 ACCEPTED = (
-    *("arcee", "bloom", "cohere", "falcon", "gemma", "gemma2", "gemma3_text", "glm", "gpt2", "gpt_bigcode", "gpt_neo"),
-    *("gpt_neox", "gptj", "granite", "helium", "llama", "mistral", "mpt", "nemotron", "olmo", "olmo2", "olmo3", "opt"),
+    *(
+        "arcee",
+        "bloom",
+        "cohere",
+        "falcon",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "glm",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neo",
+    ),
+    *(
+        "gpt_neox",
+        "gptj",
+        "granite",
+        "helium",
+        "llama",
+        "mistral",
+        "mpt",
+        "nemotron",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "opt",
+    ),
     *("phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
 )
 
@@ -111,8 +144,12 @@ def _check_listing(folder: Path, max_bytes: int, bases: Collection[str] | None) 
             yield Problem("code-file", "files that can run code are refused; weights are safetensors", name)
         elif not FILE_NAMES.fullmatch(name):
             yield Problem("unknown-file", "a file that no upload has", name)
-        elif not name.endswith(".safetensors") and info.st_size > (MAX_CARD_BYTES if name == CARD else MAX_JSON_BYTES):
-            yield Problem("card-too-large" if name == CARD else "file-too-large", f"{info.st_size} bytes", name)
+        elif not name.endswith(".safetensors") and info.st_size > (
+            MAX_CARD_BYTES if name == CARD else MAX_JSON_BYTES
+        ):
+            yield Problem(
+                "card-too-large" if name == CARD else "file-too-large", f"{info.st_size} bytes", name
+            )
         total += info.st_size
     if total > max_bytes:
         yield Problem("too-large", f"{total} bytes, allowed are {max_bytes}", folder.name)
@@ -208,7 +245,9 @@ def _check_extra(folder: Path, used: set[str]) -> Iterator[Problem]:
 
 
 def _check_delta(folder: Path) -> Iterator[Problem]:
-    """A compact upload: first the public checkpoint, which bounds the size of each tensor, then the header, then every value."""
+    """A compact upload: first the public checkpoint, which bounds the size of each tensor, then the header, then
+    every value.
+    """
     card = read_card(folder)
     if problems := list(_check_base(card, read_config(folder))):
         yield from problems
@@ -237,16 +276,24 @@ def _check_delta(folder: Path) -> Iterator[Problem]:
             return
 
 
-def _check_codes(whole: Compact, name: str, expected: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> Problem | None:
+def _check_codes(
+    whole: Compact, name: str, expected: dict[str, tuple[tuple[int, ...], torch.dtype]]
+) -> Problem | None:
     for part, (shape, dtype) in expected.items():
         if whole.delta.shape(part) != shape:
-            return Problem("shape-mismatch", f"{part} is {list(whole.delta.shape(part))}, and must be {list(shape)}", DELTA)
+            return Problem(
+                "shape-mismatch",
+                f"{part} is {list(whole.delta.shape(part))}, and must be {list(shape)}",
+                DELTA,
+            )
         if whole.delta.dtype(part) != dtype:
             return Problem("dtype", f"{part} is {whole.delta.dtype(part)}, and must be {dtype}", DELTA)
     return None
 
 
-def _check_change(whole: Compact, name: str, expected: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> Problem | None:
+def _check_change(
+    whole: Compact, name: str, expected: dict[str, tuple[tuple[int, ...], torch.dtype]]
+) -> Problem | None:
     scales = whole.delta.get(f"{name}.scales")
     if not (scales.isfinite() & (scales >= 0)).all():
         return Problem("non-finite", f"{name} has scales that are negative, infinite or NaN", DELTA)
@@ -256,20 +303,28 @@ def _check_change(whole: Compact, name: str, expected: dict[str, tuple[tuple[int
     return None
 
 
-def _check_tensor(reader: TensorReader, name: str, expected: dict[str, tuple[int, ...]], known: Architecture) -> Problem | None:
+def _check_tensor(
+    reader: TensorReader, name: str, expected: dict[str, tuple[int, ...]], known: Architecture
+) -> Problem | None:
     file = reader.folder.name
     shape = expected[known.tied.get(name, name)]
     if reader.shape(name) != shape:
-        return Problem("shape-mismatch", f"{name} is {list(reader.shape(name))}, its config says {list(shape)}", file)
+        return Problem(
+            "shape-mismatch", f"{name} is {list(reader.shape(name))}, its config says {list(shape)}", file
+        )
     if name in known.buffers:
         return None
     if reader.dtype(name) not in _FLOATS:
-        return Problem("dtype", f"{name} is {reader.dtype(name)}, allowed are float32, bfloat16 and float16", file)
+        return Problem(
+            "dtype", f"{name} is {reader.dtype(name)}, allowed are float32, bfloat16 and float16", file
+        )
     tensor = reader.get(name)
     if tensor.numel() and not float(tensor.abs().max()) <= MAX_VALUE:  # NaN fails the comparison too
         return Problem("non-finite", f"{name} holds NaN, infinite or absurdly large values", file)
     if name in known.tied and not torch.equal(tensor, reader.get(known.tied[name])):
-        return Problem("tied-weights-differ", f"{name} differs from {known.tied[name]}, with which it is tied", file)
+        return Problem(
+            "tied-weights-differ", f"{name} differs from {known.tied[name]}, with which it is tied", file
+        )
     return None
 
 
@@ -280,7 +335,9 @@ def _check_loading(folder: Path, max_bytes: int, bases: Collection[str] | None) 
     if (folder / "generation_config.json").exists():
         GenerationConfig.from_pretrained(folder)
     if card.model_class != architecture(config).name:
-        yield Problem("class-mismatch", f"the card says {card.model_class}, the config is of another class", CARD)
+        yield Problem(
+            "class-mismatch", f"the card says {card.model_class}, the config is of another class", CARD
+        )
     if card.method != "full":
         yield from _check_base(card, config)
     if card.signature != type_signature(folder, card.base_digest):

@@ -48,11 +48,12 @@ class Survey:
 def survey(given: Path, late: Path | None = None) -> Survey:
     """Looks through a folder of models, and a second one if it is there.
 
-    A folder that holds one model in a folder of its own, as in the cache of the hub or after a training, stands for that model.
+    A folder that holds one model in a folder of its own, as in the cache of the hub or after a training, stands
+    for that model.
 
     Raises:
-        InputError: no such folder; nothing in it; it is itself a model; a folder holds several models, so that nobody can tell
-            which is meant; an adapter that cannot be merged, or whose base is not at hand.
+        InputError: no such folder; nothing in it; it is itself a model; a folder holds several models, so that
+            nobody can tell which is meant; an adapter that cannot be merged, or whose base is not at hand.
     """
     roots = [given, *([late] if late is not None and late.is_dir() else [])]
     found: list[tuple[str, Path, Path]] = []
@@ -72,7 +73,9 @@ def survey(given: Path, late: Path | None = None) -> Survey:
         )  # fmt: skip
     names = device_ids([name for name, _, _ in found])
     folders_by_name = {name: folder for name, folder, _ in found}
-    taken = [_given(id, folder, root, folders_by_name) for id, (_, folder, root) in zip(names, found, strict=True)]
+    taken = [
+        _given(id, folder, root, folders_by_name) for id, (_, folder, root) in zip(names, found, strict=True)
+    ]
     return Survey(sorted(taken, key=lambda model: model.id), left_out)
 
 
@@ -85,14 +88,21 @@ def given_folders(run_or_folder: Path) -> tuple[Path, Path | None]:
 
 def _entries(root: Path) -> list[Path]:
     if not root.is_dir():
-        raise InputError("there is no such folder", where=root, allowed="a folder of uploads or of checkpoints", code="no-uploads")
+        raise InputError(
+            "there is no such folder",
+            where=root,
+            allowed="a folder of uploads or of checkpoints",
+            code="no-uploads",
+        )
     entries = sorted(root.iterdir())
     inside = any(_models_in(entry) for entry in entries if entry.is_dir())
     weights = any(True for pattern in _WEIGHTS for _ in root.glob(pattern))
     cached = (root / "snapshots").is_dir() and (root / "blobs").is_dir()
     if cached or (_is_model(root) and (weights or not inside)):
         fix = f"give the folder that holds it: {root.resolve().parent}"
-        raise InputError("this folder is itself one model, not a folder of models", where=root, fix=fix, code="no-uploads")
+        raise InputError(
+            "this folder is itself one model, not a folder of models", where=root, fix=fix, code="no-uploads"
+        )
     return entries
 
 
@@ -142,7 +152,10 @@ def _base(folder: Path, settings: dict[str, Any], root: Path, beside: dict[str, 
     for path in _places(name, folder, root, beside):
         if (path / "config.json").is_file() and not (path / ADAPTER_CONFIG).is_file():
             return path.resolve()
-    fix = f"put the base beside it, as {Path(name).name or 'BASE'}, or its path into base_model_name_or_path of {ADAPTER_CONFIG}"
+    fix = (
+        f"put the base beside it, as {Path(name).name or 'BASE'}, or its path into "
+        f"base_model_name_or_path of {ADAPTER_CONFIG}"
+    )
     revision = settings.get("revision") or "main"
     reason = "no such folder and no model in the cache of the hub"
     if name and revision == "main":
@@ -159,4 +172,8 @@ def _base(folder: Path, settings: dict[str, Any], root: Path, beside: dict[str, 
 def _places(name: str, folder: Path, root: Path, beside: dict[str, Path]) -> Iterator[Path]:
     if name:
         yield from (folder / local_path(name), root / name)  # an absolute path stays itself
-        yield from (beside[key] for key in (name, Path(name).name, f"models--{name.replace('/', '--')}") if key in beside)
+        yield from (
+            beside[key]
+            for key in (name, Path(name).name, f"models--{name.replace('/', '--')}")
+            if key in beside
+        )

@@ -1,7 +1,9 @@
 """The upper bound: the same MoE trained on the union of all private text, as if it could be collected.
 
-[DF] trains it with DeepSpeed-MoE. Here it is the product's own tune stage with all weights trained, on private in place of public
-text. It is a bound only where it has converged, so its steps have to be chosen on held-out text and are part of every result.
+[DF] trains it with DeepSpeed-MoE. Here it is the product's own tune stage with all weights trained, on private in
+place of public text. It is a bound only where it has converged, so its steps have to be chosen on held-out text
+and are part of
+every result.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     """Writes `out`/moe/final.
 
     Args:
-        config: `tune` says how it is trained, with at most `device.epochs` passes over the text; `tune.train_experts` should be on.
+        config: `tune` says how it is trained, with at most `device.epochs` passes over the text;
+            `tune.train_experts` should be on.
         inputs: `start`, the MoE of untouched public bases.
 
     Returns:
@@ -42,6 +45,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     (out / "moe").mkdir(parents=True, exist_ok=True)
     corpus = out / "private.jsonl"
     write_corpus(windows, corpus)
-    losses = tune(config, inputs["start"], corpus, {}, True, "centralized", out / "moe" / "final", out / "work")
+    losses = tune(
+        config, inputs["start"], corpus, {}, True, "centralized", out / "moe" / "final", out / "work"
+    )
     corpus.unlink()
     return {"documents": len(windows), "steps": steps, **losses}

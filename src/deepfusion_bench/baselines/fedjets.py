@@ -2,18 +2,22 @@
 
 Dun, Hipolito Garcia, Zheng, Awadallah, Sim, Kyrillidis, Dimitriadis (2023), "FedJETs: Efficient Just-In-Time
 Personalization with Federated Mixture of Experts", arXiv 2306.08586; as [DF] compares with it: in each round a device
-downloads the gate and a few experts with all that is not a routed expert, trains that on its private text and uploads it;
-the server averages expert by expert.
+downloads the gate and a few experts with all that is not a routed expert, trains that on its private text and
+uploads it; the server averages expert by expert.
 
-What is from the source: the gate chooses the experts of a device by the device's own text; *anchor* devices, one for each
-expert, keep training theirs whatever the gate says, or a young gate sends everybody to the same few. What is ours:
+What is from the source: the gate chooses the experts of a device by the device's own text; *anchor* devices, one
+for each expert, keep training theirs whatever the gate says, or a young gate sends everybody to the same few. What
+is ours:
 
-- An expert of the source is a whole network beside a frozen common one. Here it is a base, `merge.split` routed experts of
-  each layer, and a choice is made layer by layer; the public weights in the start play the part of the common expert.
-- The source takes anchors of known, distinct data. A server knows no such thing: a draft on the untrained gate finds them,
-  and spreads the experts evenly in the first round.
-- The learning-rate schedule, one over all rounds, which does better than one in each. Every round warms up to its part of it.
-- The source adds a loss that draws the gate of an anchor to its expert. Here a load balance is all there is beside L_CE.
+- An expert of the source is a whole network beside a frozen common one. Here it is a base, `merge.split` routed
+  experts of each layer, and a choice is made layer by layer; the public weights in the start play the part of the
+  common expert.
+- The source takes anchors of known, distinct data. A server knows no such thing: a draft on the untrained gate
+  finds them, and spreads the experts evenly in the first round.
+- The learning-rate schedule, one over all rounds, which does better than one in each. Every round warms up to its
+  part of it.
+- The source adds a loss that draws the gate of an anchor to its expert. Here a load balance is all there is beside
+  L_CE.
 - Choosing needs the global gate at all layers. What that costs a device in downloads and computing is not counted.
 """
 
@@ -67,9 +71,15 @@ class FedJETS(Section):
     """Settings of the baseline; steps and batches of a device are those of the section `device`."""
 
     rounds: int = Field(4, ge=1, description="rounds that the steps of a device are shared out to")
-    experts_per_device: int = Field(2, ge=1, description="experts of a compact MoE, in bases: times merge.split routed experts")
-    learning_rate: float = Field(2e-3, gt=0, description="peak of the one learning-rate schedule (cosine) over all rounds")
-    balance_weight: float = Field(0.01, ge=0, description="weight of the load balance, computed layer by layer")
+    experts_per_device: int = Field(
+        2, ge=1, description="experts of a compact MoE, in bases: times merge.split routed experts"
+    )
+    learning_rate: float = Field(
+        2e-3, gt=0, description="peak of the one learning-rate schedule (cosine) over all rounds"
+    )
+    balance_weight: float = Field(
+        0.01, ge=0, description="weight of the load balance, computed layer by layer"
+    )
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path, settings: FedJETS = 
 
     Returns:
         {"devices": {id: {"up_bytes", "down_bytes"}} over all rounds, "total_up_bytes", "total_down_bytes", "rounds",
-        "steps": {id: number}, "losses": mean training L_CE of each round in nats per counted token}; also in `out`/fedjets.json.
+        "steps": {id: number}, "losses": mean training L_CE of each round in nats per counted token}; also in
+            `out`/fedjets.json.
 
     Raises:
         InputError: no private data, or a start that cannot be pruned (`fedjets-family`).
@@ -126,16 +137,21 @@ def compact_model(moe: PreTrainedModel, bases: int, kept: int) -> PreTrainedMode
         raise _unfit("a deepseek_v3 of one routed expert", "fedjets.experts_per_device of 2 or more")
     if getattr(config, "n_group", None) not in (None, 1):
         if config.model_type != "deepseek_v2" or config.n_group != bases:
-            raise _unfit(f"{config.n_group} groups of experts", f"1, or one for each of {bases} bases in deepseek_v2")
+            raise _unfit(
+                f"{config.n_group} groups of experts", f"1, or one for each of {bases} bases in deepseek_v2"
+            )
         changes |= {"n_group": kept, "topk_group": min(config.topk_group, kept)}
-    if config.model_type == "deepseek_v2":  # its weights are no shares: the mean one is 1 / routed times the factor
+    if (
+        config.model_type == "deepseek_v2"
+    ):  # its weights are no shares: the mean one is 1 / routed times the factor
         changes["routed_scaling_factor"] = config.routed_scaling_factor * before / now * size / routed
     config.update(changes)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(moe.device).eval()
 
 
 def load_compact(compact: PreTrainedModel, moe: PreTrainedModel, kept: Kept) -> None:
-    """Copies the weights of the global MoE into the compact one, of the routed experts and gate rows those in `kept`."""
+    """Copies the weights of the global MoE into the compact one, of the routed experts and gate rows those in
+    `kept`."""
     source = tensors_of(moe)
     with torch.no_grad():
         for name, tensor in tensors_of(compact).items():
@@ -146,7 +162,9 @@ def load_compact(compact: PreTrainedModel, moe: PreTrainedModel, kept: Kept) -> 
 def tensors_of(model: PreTrainedModel) -> dict[str, Tensor]:
     """What makes up a checkpoint: parameters, tied ones once, and stored buffers; they share memory with the model."""
     stored = model.state_dict().keys()
-    return {name: p.data for name, p in model.named_parameters()} | {n: b for n, b in model.named_buffers() if n in stored}
+    return {name: p.data for name, p in model.named_parameters()} | {
+        n: b for n, b in model.named_buffers() if n in stored
+    }
 
 
 def wire_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
@@ -154,10 +172,13 @@ def wire_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
     return sum(tensor.numel() for tensor in tensors_of(model).values()) * dtype.itemsize
 
 
-def aggregate(moe: PreTrainedModel, uploads: Iterable[tuple[dict[str, Tensor], Kept, float]], dtype: torch.dtype) -> None:
+def aggregate(
+    moe: PreTrainedModel, uploads: Iterable[tuple[dict[str, Tensor], Kept, float]], dtype: torch.dtype
+) -> None:
     """Averages compact MoEs into the global one: every expert and gate row over those that had it.
 
-    It sums fp32 differences to the global weights, so what comes back unchanged changes no bit. One upload is held at a time.
+    It sums fp32 differences to the global weights, so what comes back unchanged changes no bit. One upload is held
+    at a time.
 
     Args:
         uploads: tensors by name, the experts they are of, and the weight of the device in all means.
@@ -166,7 +187,10 @@ def aggregate(moe: PreTrainedModel, uploads: Iterable[tuple[dict[str, Tensor], K
     own = tensors_of(moe)
     shift = {name: torch.zeros_like(tensor, dtype=torch.float32) for name, tensor in own.items()}
     # Of each row of an expert tensor, else of the whole tensor.
-    total = {name: t.new_zeros(len(t) if _PER_EXPERT.fullmatch(name) else 1, dtype=torch.float32) for name, t in own.items()}
+    total = {
+        name: t.new_zeros(len(t) if _PER_EXPERT.fullmatch(name) else 1, dtype=torch.float32)
+        for name, t in own.items()
+    }
     for tensors, kept, weight in uploads:
         for name, tensor in tensors.items():
             rows = _rows(name, kept)
@@ -198,8 +222,12 @@ def _unfit(what: str, allowed: str) -> InputError:
 # The choice of experts -----------------------------------------------------------------------------------------------
 
 
-def preferences(moe: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: list[Window], bases: int) -> dict[int, Tensor]:
-    """What the gate makes of some documents: layer -> fp64 [bases], the mean probability of each base's experts, sum 1."""
+def preferences(
+    moe: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: list[Window], bases: int
+) -> dict[int, Tensor]:
+    """What the gate makes of some documents: layer -> fp64 [bases], the mean probability of each base's experts, sum
+    1.
+    """
     batch = Collator(tokenizer, {}, 0.0, context_limit(moe))(windows)
     mask = batch["attention_mask"].to(moe.device)
     with torch.no_grad(), router_logits_by_layer(moe) as logits:
@@ -207,7 +235,11 @@ def preferences(moe: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, window
     found = {}
     for layer, scores in logits.items():
         read = scores[mask.flatten().bool()].double().cpu()
-        shares = F.normalize(read.sigmoid(), p=1, dim=-1) if moe.config.model_type == "deepseek_v3" else read.softmax(-1)
+        shares = (
+            F.normalize(read.sigmoid(), p=1, dim=-1)
+            if moe.config.model_type == "deepseek_v3"
+            else read.softmax(-1)
+        )
         found[layer] = shares.mean(0).view(bases, -1).sum(-1)
     return found
 
@@ -216,7 +248,8 @@ def draft(scores: Tensor, kept: int) -> tuple[list[list[int]], dict[int, int]]:
     """Spreads bases over devices: the bases with the fewest devices draft those that lean towards them most.
 
     Args:
-        scores: [devices, bases]; only how a device differs from the mean of all counts, an untrained gate favours some bases.
+        scores: [devices, bases]; only how a device differs from the mean of all counts, an untrained gate favours
+            some bases.
         kept: bases of each device.
 
     Returns:
@@ -228,15 +261,21 @@ def draft(scores: Tensor, kept: int) -> tuple[list[list[int]], dict[int, int]]:
     used = [0] * bases
     anchors: dict[int, int] = {}
     for _ in range(devices * kept):
-        free = [(d, b) for d in range(devices) if len(held[d]) < kept for b in range(bases) if b not in held[d]]
-        device, base = min(free, key=lambda pair: (len(held[pair[0]]), used[pair[1]], -lean[pair[0]][pair[1]]))
+        free = [
+            (d, b) for d in range(devices) if len(held[d]) < kept for b in range(bases) if b not in held[d]
+        ]
+        device, base = min(
+            free, key=lambda pair: (len(held[pair[0]]), used[pair[1]], -lean[pair[0]][pair[1]])
+        )
         if not held[device] and not used[base]:
             anchors[device] = base
         held[device].append(base)
         used[base] += 1
     while max(used) - min(used) > 1:  # the last devices had little choice left
         most, least = used.index(max(used)), used.index(min(used))
-        able = [d for d in range(devices) if most in held[d] and least not in held[d] and anchors.get(d) != most]
+        able = [
+            d for d in range(devices) if most in held[d] and least not in held[d] and anchors.get(d) != most
+        ]
         device = max(able, key=lambda d: lean[d][least] - lean[d][most])
         held[device][held[device].index(most)] = least
         used[most] -= 1
@@ -292,7 +331,10 @@ def _all_rounds(config: Config, start: Path, out: Path, settings: FedJETS) -> di
         _store(work / f"round-{number}", tensors_of(moe), dtype, losses)
         remove(uploads)
         remove(work / f"round-{number - 1}")
-        used = [sum(any(base in bases for bases in own.values()) for own in chosen) for base in range(config.experts)]
+        used = [
+            sum(any(base in bases for bases in own.values()) for own in chosen)
+            for base in range(config.experts)
+        ]
         progress.say(
             f"[fedjets] round {number + 1}/{rounds}  loss {losses[-1]:.3f}  devices on base: "
             + ", ".join(f"{base} {count}" for base, count in enumerate(used))
@@ -319,14 +361,23 @@ def _members(config: Config, tokenizer: PreTrainedTokenizerBase, rounds: int) ->
     rounds = min(rounds, config.device.steps)
     members = []
     for number, (name, documents) in enumerate(private.items()):
-        windows = [Window(piece, "private") for document in documents for piece in cut_windows(document, config.data.max_chars)]
+        windows = [
+            Window(piece, "private")
+            for document in documents
+            for piece in cut_windows(document, config.data.max_chars)
+        ]
         lengths = [len(document.document.text) for document in windows]
         batch_size = config.device.batch_size
-        steps = max(rounds, training_steps(config.device.steps, config.device.epochs, len(windows), batch_size))
+        steps = max(
+            rounds, training_steps(config.device.steps, config.device.epochs, len(windows), batch_size)
+        )
         order = reading_order(lengths, steps, batch_size, config.seed + number)
         ends = [steps * part // rounds for part in range(rounds + 1)]
         parts = [order[begin:end] for begin, end in pairwise(ends)]
-        tokens = sum(len(tokenizer(document.text, add_special_tokens=False, verbose=False).input_ids) for document in documents)
+        tokens = sum(
+            len(tokenizer(document.text, add_special_tokens=False, verbose=False).input_ids)
+            for document in documents
+        )
         members.append(Member(name, windows, parts, tokens))
     return members
 
@@ -361,7 +412,10 @@ def _train(
         checkpoint_seconds=math.inf,  # a device is soon trained again, and its mean loss is that of all its steps
     )
     ends = [0.0, *(row["step"] for row in history)]
-    return sum(row["ce"] * (end - begin) for row, (begin, end) in zip(history, pairwise(ends), strict=True)) / ends[-1]
+    return (
+        sum(row["ce"] * (end - begin) for row, (begin, end) in zip(history, pairwise(ends), strict=True))
+        / ends[-1]
+    )
 
 
 def _rate_share(done: float) -> float:
@@ -392,7 +446,9 @@ def _restore(work: Path, moe: PreTrainedModel) -> list[float]:
     return _stored_losses(finished[-1])
 
 
-def _write_final(moe: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config, rounds: int, final: Path) -> None:
+def _write_final(
+    moe: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config, rounds: int, final: Path
+) -> None:
     final.parent.mkdir(parents=True, exist_ok=True)
     if final.is_dir():  # killed between this and the summary
         return
@@ -400,13 +456,20 @@ def _write_final(moe: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, confi
         moe.save_pretrained(part)
         tokenizer.save_pretrained(part)
         text = "A baseline: a Mixture-of-Experts model whose experts devices trained over several rounds (FedJETs)."
-        facts = {"family": config.family, "rounds": rounds, "steps of a device, at most": config.device.steps, "seed": config.seed}
+        facts = {
+            "family": config.family,
+            "rounds": rounds,
+            "steps of a device, at most": config.device.steps,
+            "seed": config.seed,
+        }
         write_model_card(part, "FedJETs", text, facts)
 
 
 @contextmanager
 def _short_trainings() -> Iterator[None]:
-    """What hundreds of trainings of small models want: one thread, on which results then do not depend, and quick clean-ups."""
+    """What hundreds of trainings of small models want: one thread, on which results then do not depend, and quick
+    clean-ups.
+    """
     threads = torch.get_num_threads()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)

@@ -1,15 +1,17 @@
 """FedKMT, after FedMKT (Fan et al., COLING 2025, arXiv 2406.02224): knowledge moves through final logits alone.
 
-What is theirs: tokens and vocabularies are matched by minimum edit distance (MinED); of a teacher only the K highest logits
-are used, mapped to the student's vocabulary and normalised; the student learns them by cross-entropy; and only on texts that
-the best teacher finds less surprising than the student does itself (DualMinCE). Facts of the public code: FederatedAI/FATE-LLM,
-`python/fate_llm/algo/fedmkt`. What one-shot fusion changes:
+What is theirs: tokens and vocabularies are matched by minimum edit distance (MinED); of a teacher only the K
+highest logits are used, mapped to the student's vocabulary and normalised; the student learns them by
+cross-entropy; and only on
+texts that the best teacher finds less surprising than the student does itself (DualMinCE). Facts of the public
+code:
+FederatedAI/FATE-LLM, `python/fate_llm/algo/fedmkt`. What one-shot fusion changes:
 
 - Which teacher is best for a text is known beforehand: `Document.teacher`.
-- Student and teacher are compared in every step rather than once a round, by their nats for the same characters rather than
-  per token, which would favour the tokenizer that cuts finer.
-- Where a student's token matches no teacher's, theirs has the one-hot of the token at hand; here it is that of the token to
-  be predicted, which is what the position learns.
+- Student and teacher are compared in every step rather than once a round, by their nats for the same characters
+  rather than per token, which would favour the tokenizer that cuts finer.
+- Where a student's token matches no teacher's, theirs has the one-hot of the token at hand; here it is that of the
+  token to be predicted, which is what the position learns.
 """
 
 from __future__ import annotations
@@ -40,20 +42,29 @@ _FEATURES = 512
 
 
 class FedKMTSettings(Section):
-    """What the config has no key for; `distill.ce_weight` is their lambda (0.9), `distill.beta` their 1 - lambda (0.1)."""
+    """What the config has no key for; `distill.ce_weight` is their lambda (0.9), `distill.beta` their 1 - lambda
+    (0.1).
+    """
 
-    top_k: int = Field(128, ge=1, description="highest logits of the teacher that are kept at a position (their default)")
+    top_k: int = Field(
+        128, ge=1, description="highest logits of the teacher that are kept at a position (their default)"
+    )
 
 
 DEFAULTS = FedKMTSettings()
 
 
-def run(config: Config, inputs: dict[str, Path], out: Path, settings: FedKMTSettings = DEFAULTS) -> dict[str, Any]:
-    """`stages.distill.run` by FedKMT. With `distill.trunk_share` 1 one student learns from all proxies, as on their server."""
+def run(
+    config: Config, inputs: dict[str, Path], out: Path, settings: FedKMTSettings = DEFAULTS
+) -> dict[str, Any]:
+    """`stages.distill.run` by FedKMT. With `distill.trunk_share` 1 one student learns from all proxies, as on their
+    server.
+    """
     return distill_with(partial(FedKMT, settings=settings), config, inputs, out)
 
 
-# ---------------------------------------------------------------------------------------------------- minimum edit distance
+# ---------------------------------------------------------------------------------------------------- minimum edit
+# distance
 
 
 def edit_distances(first: Sequence[str], second: Sequence[str]) -> np.ndarray:
@@ -69,14 +80,18 @@ def _codes(strings: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     return codes, lengths
 
 
-def _distances(first: np.ndarray, first_lengths: np.ndarray, second: np.ndarray, second_lengths: np.ndarray) -> np.ndarray:
+def _distances(
+    first: np.ndarray, first_lengths: np.ndarray, second: np.ndarray, second_lengths: np.ndarray
+) -> np.ndarray:
     columns = np.arange(second.shape[1] + 1, dtype=np.int16)
     row = np.broadcast_to(columns, (len(second), len(columns)))
     found = second_lengths.astype(np.int16)
     pairs = np.arange(len(second))
     for i in range(first.shape[1]):
         changed = row[:, :-1] + (second != first[:, i, None])
-        step = np.concatenate([np.full((len(second), 1), i + 1, np.int16), np.minimum(row[:, 1:] + 1, changed)], 1)
+        step = np.concatenate(
+            [np.full((len(second), 1), i + 1, np.int16), np.minimum(row[:, 1:] + 1, changed)], 1
+        )
         # An insertion costs 1 a column: the running minimum of what is left after taking that away.
         row = np.minimum.accumulate(step - columns, axis=1) + columns
         found = np.where(first_lengths == i + 1, row[pairs, second_lengths], found)
@@ -130,7 +145,8 @@ def vocabulary_map(
 def _bags(tokens: Sequence[str]) -> np.ndarray:
     """float32 [N, features]: the product of two rows is the number of characters that two tokens have in common.
 
-    The n-th occurrence of a character is a feature of its own. Folded to a fixed width, as vocabularies hold thousands of
+    The n-th occurrence of a character is a feature of its own. Folded to a fixed width, as vocabularies hold
+    thousands of
     characters: two that fall together only spoil the choice of candidates.
     """
     bags = np.zeros((len(tokens), _FEATURES), np.float32)
@@ -155,7 +171,9 @@ def align_tokens(costs: np.ndarray) -> np.ndarray:
     for diagonal in range(rows + columns - 1):
         i = np.arange(max(0, diagonal - columns + 1), min(rows, diagonal + 1))
         j = diagonal - i
-        total[i + 1, j + 1] = costs[i, j] + np.minimum(np.minimum(total[i, j], total[i, j + 1]), total[i + 1, j])
+        total[i + 1, j + 1] = costs[i, j] + np.minimum(
+            np.minimum(total[i, j], total[i, j + 1]), total[i + 1, j]
+        )
     partner = np.full(rows, -1)
     partners = np.zeros(rows, np.int64)
     i, j = rows, columns
@@ -187,7 +205,8 @@ class MinED:
     def __call__(self, student_ids: np.ndarray, teacher_ids: np.ndarray) -> np.ndarray:
         """int64 [Ts]: the teacher's token that matches each of the student's of one text, -1 where none does.
 
-        Two match if the one is the only partner of the other on the cheapest path, and the vocabulary map sends it there.
+        Two match if the one is the only partner of the other on the cheapest path, and the vocabulary map sends it
+        there.
         """
         if self.identical:
             return np.where(np.arange(len(student_ids)) < len(teacher_ids), np.arange(len(student_ids)), -1)
@@ -200,17 +219,25 @@ class MinED:
 
     def _costs(self, student_ids: np.ndarray, teacher_ids: np.ndarray) -> np.ndarray:
         """Edit distances [Ts, Tt] of all tokens, without the space before them; each pair of different tokens once."""
-        (own, own_at), (theirs, their_at) = (np.unique(ids, return_inverse=True) for ids in (student_ids, teacher_ids))
-        first, second = _codes([self.bare[0][id_] for id_ in own]), _codes([self.bare[1][id_] for id_ in theirs])
+        (own, own_at), (theirs, their_at) = (
+            np.unique(ids, return_inverse=True) for ids in (student_ids, teacher_ids)
+        )
+        first, second = (
+            _codes([self.bare[0][id_] for id_ in own]),
+            _codes([self.bare[1][id_] for id_ in theirs]),
+        )
         i, j = np.repeat(np.arange(len(own)), len(theirs)), np.tile(np.arange(len(theirs)), len(own))
         distances = _distances(first[0][i], first[1][i], second[0][j], second[1][j])
         return distances.reshape(len(own), len(theirs))[own_at[:, None], their_at]
 
 
-# ------------------------------------------------------------------------------------------------------------------- losses
+# -------------------------------------------------------------------------------------------------------------------
+# losses
 
 
-def top_knowledge(logits: Tensor, to_student: Tensor, top_k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def top_knowledge(
+    logits: Tensor, to_student: Tensor, top_k: int, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """A teacher's highest logits as a distribution over the student's tokens.
 
     Args:
@@ -219,11 +246,13 @@ def top_knowledge(logits: Tensor, to_student: Tensor, top_k: int, temperature: f
         temperature: softens the teacher alone, as theirs does.
 
     Returns:
-        ids int64 [n, K] and probabilities float32 [n, K]. Of several logits that fall on one token the highest counts. A row
-        sums to 1, or to 0 where none of its tokens has a counterpart.
+        ids int64 [n, K] and probabilities float32 [n, K]. Of several logits that fall on one token the highest
+        counts. A row sums to 1, or to 0 where none of its tokens has a counterpart.
     """
     values, ids = logits.topk(min(top_k, logits.shape[-1]))
-    ids, order = to_student[ids].sort(dim=-1, stable=True)  # stable: of equal ids the highest logit comes first
+    ids, order = to_student[ids].sort(
+        dim=-1, stable=True
+    )  # stable: of equal ids the highest logit comes first
     repeated = F.pad(ids[:, 1:] == ids[:, :-1], (1, 0))
     values = values.gather(-1, order).masked_fill(repeated | (ids < 0), -torch.inf)
     return ids.clamp_min(0), (values / temperature).softmax(-1).nan_to_num(0.0)
@@ -237,7 +266,8 @@ class FedKMT(Distiller):
     """
 
     def __init__(
-        self, student: PreTrainedModel, weights: LossWeights, teachers: dict[int, Teacher], vaa: VAASection | None = None,
+        self, student: PreTrainedModel, weights: LossWeights, teachers: dict[int, Teacher],
+        vaa: VAASection | None = None,
         seed: int = 0, settings: FedKMTSettings = DEFAULTS,
     ) -> None:  # fmt: skip
         super().__init__(student, replace(weights, alpha=0.0, chunk=0.0), teachers, None, seed)
@@ -248,7 +278,9 @@ class FedKMT(Distiller):
             for number, teacher in teachers.items()
         }
 
-    def group_losses(self, group: Group, states: list[Tensor], input_ids: Tensor, head: Any) -> dict[str, Tensor]:
+    def group_losses(
+        self, group: Group, states: list[Tensor], input_ids: Tensor, head: Any
+    ) -> dict[str, Tensor]:
         if group.teacher is None or not self.weights.beta:
             return super().group_losses(group, states, input_ids, head)
         rows, aligned = group.rows.to(input_ids.device), group.aligned.to(input_ids.device)
@@ -280,7 +312,9 @@ class FedKMT(Distiller):
 
     @torch.no_grad()
     def _ask(self, group: Group) -> tuple[Tensor, Tensor, Tensor]:
-        """What the teacher says at each of its flat positions: `top_knowledge`, and the log-probability of its next token."""
+        """What the teacher says at each of its flat positions: `top_knowledge`, and the log-probability of its next
+        token.
+        """
         assert group.teacher is not None
         mined = self.mined[group.teacher]
         output, ids, mask = teacher_output(self.teachers[group.teacher], group, self.student.device)
@@ -288,15 +322,21 @@ class FedKMT(Distiller):
         def block(positions: Tensor, following: Tensor) -> tuple[Tensor, ...]:
             logits = output.logits(positions)
             log_probs = logits.gather(-1, following[:, None]).squeeze(-1) - logits.logsumexp(-1)
-            return *top_knowledge(logits, mined.to_student, self.settings.top_k, self.weights.temperature), log_probs
+            return *top_knowledge(
+                logits, mined.to_student, self.settings.top_k, self.weights.temperature
+            ), log_probs
 
         real = mask.flatten().nonzero().squeeze(-1)
         said = in_blocks(block, len(output.weight), real, ids.roll(-1, 1).flatten()[real])
-        known, shares, log_probs = (part.new_zeros(mask.numel(), *part.shape[1:]).index_copy(0, real, part) for part in said)
+        known, shares, log_probs = (
+            part.new_zeros(mask.numel(), *part.shape[1:]).index_copy(0, real, part) for part in said
+        )
         return known, shares, log_probs
 
     def _partners(self, group: Group, student_ids: Tensor, counted: Tensor) -> Tensor:
-        """int64 [N]: the teacher's flat position that matches each counted position of the student, -1 where none does."""
+        """int64 [N]: the teacher's flat position that matches each counted position of the student, -1 where none
+        does.
+        """
         assert group.teacher is not None
         assert group.teacher_ids is not None
         assert group.teacher_mask is not None
@@ -308,13 +348,18 @@ class FedKMT(Distiller):
         for document in np.unique(row):
             here = row == document
             read = column[here].max() + 2  # up to the last token that counts
-            partner = self.mined[group.teacher](ids[document, :read], teacher_ids[document, : lengths[document]])[column[here]]
+            partner = self.mined[group.teacher](
+                ids[document, :read], teacher_ids[document, : lengths[document]]
+            )[column[here]]
             found[here] = np.where(partner >= 0, partner + document * teacher_ids.shape[1], -1)
         return torch.from_numpy(found).to(counted.device)
 
 
-def _better_teacher(aligned: AlignedBatch, student_log_probs: Tensor, teacher_log_probs: Tensor, shape: torch.Size) -> Tensor:
-    """bool [B]: whether the teacher finds a text less surprising than the student, over the characters both were asked for.
+def _better_teacher(
+    aligned: AlignedBatch, student_log_probs: Tensor, teacher_log_probs: Tensor, shape: torch.Size
+) -> Tensor:
+    """bool [B]: whether the teacher finds a text less surprising than the student, over the characters both were
+    asked for.
 
     Args:
         student_log_probs: [N], of the targets at `aligned.student_index`.

@@ -1,7 +1,7 @@
 """A control: the devices' own FFNs as experts, without distillation, as mergekit-moe makes an MoE of fine-tuned models.
 
-It needs devices of the very class that the MoE is upcycled from, so all others are left out. The router starts from the mean
-hidden state of texts that belong to each expert (mergekit's gate mode `hidden`); nothing is trained.
+It needs devices of the very class that the MoE is upcycled from, so all others are left out. The router starts
+from the mean hidden state of texts that belong to each expert (mergekit's gate mode `hidden`); nothing is trained.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """OFA-KD (Hao et al., NeurIPS 2023, arXiv 2310.19444): intermediate features are matched in logit space.
 
-At the end of each stage of the student an exit turns its features into logits; these and the final logits are compared with
-the teacher's final logits by a loss with an extra weight on the target class. Facts of the public code: Hao840/OFAKD,
-`distillers/ofa.py`. There an exit of a transformer is a few transformer blocks and a classifier. Here it is the feed-forward
-half of such a block, position by position, and the student's own output layer: a vocabulary is no set of 1000 classes.
+At the end of each stage of the student an exit turns its features into logits; these and the final logits are
+compared with the teacher's final logits by a loss with an extra weight on the target class. Facts of the public
+code: Hao840/OFAKD,
+`distillers/ofa.py`. There an exit of a transformer is a few transformer blocks and a classifier. Here it is the
+feed-forward half of such a block, position by position, and the student's own output layer: a vocabulary is no set
+of 1000 classes.
 Distributions of different tokenizers are compared as L_KL does it, over shared tokens and a bucket for all others.
 """
 
@@ -29,21 +31,31 @@ from deepfusion_bench.baselines.shared import distill_with, in_blocks, teacher_o
 
 
 class OFAKDSettings(Section):
-    """What the config has no key for; `distill.ce_weight` weighs their gt loss (1), `distill.beta` their kd loss (1)."""
+    """What the config has no key for; `distill.ce_weight` weighs their gt loss (1), `distill.beta` their kd loss
+    (1)."""
 
     stages: int = Field(
-        4, ge=1, description="blocks of layers with an exit at the end (theirs); fewer in a student of fewer layers"
+        4,
+        ge=1,
+        description="blocks of layers with an exit at the end (theirs); fewer in a student of fewer layers",
     )
     exponent: float = Field(
-        1.5, gt=0, description="weight of the target class; 1 is the plain divergence, the default of their code, 1.5 their example"
+        1.5,
+        gt=0,
+        description="weight of the target class; 1 is the plain divergence, the default of their "
+        "code, 1.5 their example",
     )
-    exit_weight: float = Field(1.0, ge=0, description="weight of the sum over the exits, relative to the final logits (theirs)")
+    exit_weight: float = Field(
+        1.0, ge=0, description="weight of the sum over the exits, relative to the final logits (theirs)"
+    )
 
 
 DEFAULTS = OFAKDSettings()
 
 
-def run(config: Config, inputs: dict[str, Path], out: Path, settings: OFAKDSettings = DEFAULTS) -> dict[str, Any]:
+def run(
+    config: Config, inputs: dict[str, Path], out: Path, settings: OFAKDSettings = DEFAULTS
+) -> dict[str, Any]:
     """`stages.distill.run` by OFA-KD."""
     return distill_with(partial(OFAKD, settings=settings), config, inputs, out)
 
@@ -51,7 +63,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path, settings: OFAKDSetti
 def ofa_loss(student: Tensor, teacher: Tensor, target: Tensor, exponent: float) -> Tensor:
     """`-sum_c ((p_c + [c = target])^exponent - [c = target]) log s_c` for every row: their OFA loss.
 
-    At exponent 1 it is the cross-entropy with the teacher. Above, the target weighs more, the more so the surer the teacher.
+    At exponent 1 it is the cross-entropy with the teacher. Above, the target weighs more, the more so the surer
+    the teacher.
 
     Args:
         student: log-probabilities [n, C].
@@ -69,7 +82,9 @@ def ofa_loss(student: Tensor, teacher: Tensor, target: Tensor, exponent: float) 
 
 
 def target_columns(vocabulary: SharedVocabulary, targets: Tensor, others: bool) -> Tensor:
-    """Where the student's tokens `targets`, int64 [n], are among the compared columns: the bucket, or -1, if not shared."""
+    """Where the student's tokens `targets`, int64 [n], are among the compared columns: the bucket, or -1, if not
+    shared.
+    """
     shared = vocabulary.student_ids
     at = torch.searchsorted(shared, targets).clamp_max(max(len(shared) - 1, 0))
     found = shared[at] == targets if len(shared) else torch.zeros_like(targets, dtype=torch.bool)
@@ -81,7 +96,9 @@ class Exit(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.block = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+        self.block = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width)
+        )
         self.norm = nn.LayerNorm(width)
         for module in self.block:
             if isinstance(module, nn.Linear):
@@ -95,11 +112,13 @@ class Exit(nn.Module):
 class OFAKD(Distiller):
     """Student, teachers, exits and the OFA loss; made and called like `Distiller`, whose VAA and chunks take no part.
 
-    Of what it returns `kl` is the OFA loss of the final logits plus the weighted one of the exits, which is also in `exits`.
+    Of what it returns `kl` is the OFA loss of the final logits plus the weighted one of the exits, which is also
+    in `exits`.
     """
 
     def __init__(
-        self, student: PreTrainedModel, weights: LossWeights, teachers: dict[int, Teacher], vaa: VAASection | None = None,
+        self, student: PreTrainedModel, weights: LossWeights, teachers: dict[int, Teacher],
+        vaa: VAASection | None = None,
         seed: int = 0, settings: OFAKDSettings = DEFAULTS,
     ) -> None:  # fmt: skip
         super().__init__(student, replace(weights, alpha=0.0, chunk=0.0), teachers, None, seed)
@@ -108,7 +127,9 @@ class OFAKD(Distiller):
         self.ends = stage_ends(layers, min(settings.stages, layers))
         torch.manual_seed(seed)
         # What the Distiller keeps here is trained along and thrown away, and makes it read the states of every layer.
-        self.vaa["exits"] = nn.ModuleList(Exit(student.config.hidden_size) for _ in self.ends).to(student.device)
+        self.vaa["exits"] = nn.ModuleList(Exit(student.config.hidden_size) for _ in self.ends).to(
+            student.device
+        )
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, groups: list[Group]) -> dict[str, Tensor]:
         """As `Distiller.forward`; `flops` includes the exits."""
@@ -117,7 +138,9 @@ class OFAKD(Distiller):
         exits = sum(parameter.numel() for parameter in self.vaa.parameters()) + len(self.ends) * head
         return found | {"flops": found["flops"] + 6 * exits * found["tokens"]}
 
-    def group_losses(self, group: Group, states: list[Tensor], input_ids: Tensor, head: Any) -> dict[str, Tensor]:
+    def group_losses(
+        self, group: Group, states: list[Tensor], input_ids: Tensor, head: Any
+    ) -> dict[str, Tensor]:
         if group.teacher is None or not self.weights.beta:
             return super().group_losses(group, states, input_ids, head)
         device = input_ids.device
@@ -151,7 +174,9 @@ class OFAKD(Distiller):
 
         targets = input_ids[rows].flatten()[aligned.student_index + 1]
         width = (2 + len(self.ends)) * max(len(weight), len(asked.weight))
-        log_probs, right, at_end, at_exits = in_blocks(block, width, final, features, targets, aligned.teacher_index)
+        log_probs, right, at_end, at_exits = in_blocks(
+            block, width, final, features, targets, aligned.teacher_index
+        )
         compared = aligned.weights * (aligned.teacher_index >= 0)
         at_exits = weighted_mean(at_exits, compared)
         return {

@@ -1,4 +1,6 @@
-"""What the baselines that replace phase II share: the stage around them, the teacher's side, losses in blocks of positions."""
+"""What the baselines that replace phase II share: the stage around them, the teacher's side, losses in blocks of
+positions.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ def in_blocks(block: Callable[..., tuple[Tensor, ...]], width: int, *rows: Tenso
         rows: tensors [N, ...].
 
     Returns:
-        What `block` returns for all N rows. Where there are several blocks, each is computed again in the backward pass.
+        What `block` returns for all N rows. Where there are several blocks, each is computed again in the backward
+        pass.
     """
     blocks = list(zip(*(tensor.split(max(BLOCK_ELEMENTS // width, 1)) for tensor in rows), strict=True))
     if len(blocks) > 1 and torch.is_grad_enabled():
@@ -36,7 +39,8 @@ def in_blocks(block: Callable[..., tuple[Tensor, ...]], width: int, *rows: Tenso
 
 @torch.no_grad()
 def teacher_output(teacher: Teacher, group: Group, device: torch.device) -> tuple[Projection, Tensor, Tensor]:
-    """A teacher's final states for its texts with its output layer, and its ids and mask, int64 [B, Tt], on `device`."""
+    """A teacher's final states for its texts with its output layer, and its ids and mask, int64 [B, Tt], on
+    `device`."""
     assert group.teacher_ids is not None
     assert group.teacher_mask is not None
     ids, mask = group.teacher_ids.to(device), group.teacher_mask.to(device)
@@ -50,7 +54,11 @@ def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     return (values * weights).sum() / weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def distill_with(method: Callable[..., nn.Module], config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
-    """`stages.distill.run` with `method` in place of the Distiller, without what is DeepFusion's alone: features, chunks."""
+def distill_with(
+    method: Callable[..., nn.Module], config: Config, inputs: dict[str, Path], out: Path
+) -> dict[str, Any]:
+    """`stages.distill.run` with `method` in place of the Distiller, without what is DeepFusion's alone: features,
+    chunks.
+    """
     alone = config.distill.model_copy(update={"alpha": 0.0, "chunk_weight": 0.0})
     return distill.run(config.model_copy(update={"distill": alone}), inputs, out, method)

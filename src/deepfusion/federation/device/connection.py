@@ -113,7 +113,9 @@ class Connection:
                 if told < 0 or away - told >= _TELL_SECONDS:
                     told, reason = away, str(error) or type(error).__name__
                     lost = "cannot go on at" if isinstance(error, Away) else "no connection to"
-                    progress.say(f"[device] {lost} {self.server} for {progress.duration(away)}, still trying ({reason})")
+                    progress.say(
+                        f"[device] {lost} {self.server} for {progress.duration(away)}, still trying ({reason})"
+                    )
                 time.sleep(min(pause * random.uniform(0.5, 1), self.patience - away))
                 pause = min(2 * pause, _LONGEST_PAUSE)
             else:

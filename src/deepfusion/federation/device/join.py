@@ -50,7 +50,9 @@ class LocalDevice:
         if self.data is None:
             if not (self.folder / CARD).is_file():
                 fix = "deepfusion device train"
-                raise InputError("not an upload (no card.json)", where=self.folder, fix=fix, code="card-missing")
+                raise InputError(
+                    "not an upload (no card.json)", where=self.folder, fix=fix, code="card-missing"
+                )
             return
         from deepfusion.stages.device import train_alone
 
@@ -79,25 +81,34 @@ def device_config(task: messages.Task, type: str | None) -> Config:
     """What a device takes over of the server's config.
 
     Raises:
-        InputError: the server suggests a model type that is a path on this machine: it would read and send what lies there.
+        InputError: the server suggests a model type that is a path on this machine: it would read and send what
+            lies there.
     """
     try:
         values = yaml.safe_load(task.config)
     except yaml.YAMLError:
         values = None
-    if not isinstance(values, dict) or not set(values) <= {"seed", "precision", "checkpoint_seconds", "data", "device"}:
+    if not isinstance(values, dict) or not set(values) <= {
+        "seed",
+        "precision",
+        "checkpoint_seconds",
+        "data",
+        "device",
+    }:
         raise InputError("the settings are not those of a device", where="server", code="bad-message")
     config = parse_config(values, "settings of the server")
     for name in config.device.types if type is None else ():
         if not _HUB_NAME.fullmatch(name) or Path(name).exists():
             fix = "choose one yourself with --type"
-            raise InputError(f"the server suggests the model type {name}", where="server", allowed="presets and hub names", fix=fix,
+            raise InputError("the server suggests the model type "
+                             f"{name}", where="server", allowed="presets and hub names", fix=fix,
                              code="local-type")  # fmt: skip
     return config
 
 
 def join(
-    server: str, home: Path, *, folder: Path, data: Path | None = None, ca: Path | None = None, ca_sha256: str | None = None,
+    server: str, home: Path, *, folder: Path, data: Path | None = None, ca: Path | None = None,
+    ca_sha256: str | None = None,
     type: str | None = None, memory: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Take part in the federation of `server`; what `deepfusion device join` runs.
@@ -109,10 +120,14 @@ def join(
         InputError: not enrolled, refused, not the server that was meant, bad data; the message says what to do.
     """
     if not re.fullmatch(r"[^\s/@]+:\d{1,5}", server):
-        raise InputError("not the address of a server", where=f"--server {server}", allowed="HOST:PORT", code="no-server")
+        raise InputError(
+            "not the address of a server", where=f"--server {server}", allowed="HOST:PORT", code="no-server"
+        )
     if data is not None:
         if not data.is_file():
-            fix = f"--upload {folder} hands in the upload that is there" if (folder / CARD).is_file() else None
+            fix = (
+                f"--upload {folder} hands in the upload that is there" if (folder / CARD).is_file() else None
+            )
             raise InputError("there is no such file", where=data, fix=fix, code="no-data")
         folder = claim_upload(folder, [data])
     receipt = receipt_path(folder)
@@ -128,7 +143,10 @@ def join(
         return _visit(Visit(device), Fleet(connection, home / "node"))
     except Refused as error:
         if error.code == "not-enrolled":
-            fix = f"give the operator this line: deepfusion server enroll NAME '{identity.public_line(key.public_key())}'"
+            fix = (
+                "give the operator this line: deepfusion server enroll NAME "
+                f"'{identity.public_line(key.public_key())}'"
+            )
             raise InputError(error.what, where=server, fix=fix, code=error.code) from None
         raise
 

@@ -63,7 +63,12 @@ class _Transfer:
                 files = [file for file in self.offer.files if file.name in refused.facts["bad"]]
                 self._compare(files)
         fix = "look for faulty memory or a proxy that alters what passes"
-        raise InputError("the server finds other SHA-256 than were sent", where=self.folder, fix=fix, code="digest-mismatch")
+        raise InputError(
+            "the server finds other SHA-256 than were sent",
+            where=self.folder,
+            fix=fix,
+            code="digest-mismatch",
+        )
 
     def _send(self, file: OfferedFile) -> None:
         offset, sink = self.connection.patiently(lambda: self._begin(file))
@@ -94,7 +99,9 @@ class _Transfer:
         }
         try:
             body = self._read(file, before, size)
-            answer = self.connection.call("PATCH", f"/v1/uploads/{file.name}", self.ticket, headers=headers, content=body)
+            answer = self.connection.call(
+                "PATCH", f"/v1/uploads/{file.name}", self.ticket, headers=headers, content=body
+            )
             self._advance(file, int(answer.headers["Upload-Offset"]))
         except httpx.TransportError:
             self._advance(file, self._begin(file)[0])
@@ -147,7 +154,9 @@ class _Transfer:
 
     def _receipt(self) -> dict[str, Any]:
         while True:
-            answer = self.connection.patiently(lambda: self.connection.call("POST", "/v1/receipt", self.ticket))
+            answer = self.connection.patiently(
+                lambda: self.connection.call("POST", "/v1/receipt", self.ticket)
+            )
             if answer.status_code == 200:
                 return dict(answer.json())
             time.sleep(_ASK_SECONDS)
@@ -162,7 +171,12 @@ class _Transfer:
 
     def _changed(self, file: OfferedFile) -> InputError:
         fix = "run the command again; it offers what is there now"
-        return InputError("changed while it was being uploaded", where=self.folder / file.name, fix=fix, code="upload-changed")
+        return InputError(
+            "changed while it was being uploaded",
+            where=self.folder / file.name,
+            fix=fix,
+            code="upload-changed",
+        )
 
     def _advance(self, file: OfferedFile, offset: int) -> int:
         """Take over what the server says.
@@ -193,4 +207,6 @@ def _check_store(url: httpx.URL) -> None:
     except ValueError:
         own = url.host == "localhost"
     if url.scheme != "https" and not own:
-        raise InputError("the server names an object store without encryption", where=str(url.host), code="store-insecure")
+        raise InputError(
+            "the server names an object store without encryption", where=str(url.host), code="store-insecure"
+        )

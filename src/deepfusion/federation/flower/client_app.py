@@ -1,4 +1,5 @@
-"""The ClientApp: what a device does when the server asks. It runs the code that is installed on the device, no other."""
+"""The ClientApp: what a device does when the server asks. It runs the code that is installed on the device, no
+other."""
 
 from __future__ import annotations
 
@@ -51,7 +52,9 @@ class Visit:
 
     def answer(self, message: Message) -> Message:
         """Answer one message of the server."""
-        return self.app(message, Context(message.metadata.run_id, message.metadata.dst_node_id, {}, RecordDict(), {}))
+        return self.app(
+            message, Context(message.metadata.run_id, message.metadata.dst_node_id, {}, RecordDict(), {})
+        )
 
     def _train(self, message: Message, context: Context) -> Message:
         try:

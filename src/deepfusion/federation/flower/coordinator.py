@@ -1,4 +1,6 @@
-"""The process that runs the ServerApp: keeps the SuperLink's list of devices right, and starts a new run when one is lost."""
+"""The process that runs the ServerApp: keeps the SuperLink's list of devices right, and starts a new run when one is
+lost.
+"""
 
 from __future__ import annotations
 

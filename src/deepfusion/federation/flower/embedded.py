@@ -48,9 +48,17 @@ class SimulatedDevice:
         """Nothing has to move; the ticket is checked as the gateway would."""
         ledger = Ledger(self.run)
         granted = ledger.ticket(ticket)
-        if granted is None or granted.spent or (granted.device, granted.digest) != (offer.card.device, offer.digest):
-            raise InputError("the ticket is not for this upload", where=f"device {self.spec.id}", code="ticket-foreign")
-        return ledger.finish(offer.card.device, {"device": offer.card.device, "digest": offer.digest, "size": offer.size})
+        if (
+            granted is None
+            or granted.spent
+            or (granted.device, granted.digest) != (offer.card.device, offer.digest)
+        ):
+            raise InputError(
+                "the ticket is not for this upload", where=f"device {self.spec.id}", code="ticket-foreign"
+            )
+        return ledger.finish(
+            offer.card.device, {"device": offer.card.device, "digest": offer.digest, "size": offer.size}
+        )
 
 
 class EmbeddedGrid(Grid):
@@ -79,7 +87,12 @@ class EmbeddedGrid(Grid):
         return self._run
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         """As `Message(...)`."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
@@ -111,7 +124,9 @@ class EmbeddedGrid(Grid):
             self._replies |= dict(zip(waiting, run_jobs(_answer, jobs, self._workers), strict=True))
         return [self._replies.pop(name) for name in message_ids if name in self._replies]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         """Push and pull."""
         return self.pull_messages(self.push_messages(messages))
 
@@ -119,8 +134,8 @@ class EmbeddedGrid(Grid):
 def collect(config: Config, devices: list[SimulatedDevice], out: Path) -> None:
     """Let the ServerApp work until all devices have handed in; their folders are `out`/uploads/<device>."""
     grid = EmbeddedGrid(devices, config.jobs)
-    save_config(config.model_copy(update={"federation": config.federation.model_copy(update={"wait_for": len(devices)})}),
-                out / "config.yaml")  # fmt: skip
+    federation = config.federation.model_copy(update={"wait_for": len(devices)})
+    save_config(config.model_copy(update={"federation": federation}), out / "config.yaml")
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
     app(grid=grid, context=Context(1, 0, {}, RecordDict(), {"run": str(out), "stay": False}))
 
@@ -130,7 +145,14 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     from deepfusion.stages.device import simulated_devices
 
     devices = [
-        SimulatedDevice(out, out / "uploads" / str(job["device"].id), config, job["device"], job["private"], job["held_out"])
+        SimulatedDevice(
+            out,
+            out / "uploads" / str(job["device"].id),
+            config,
+            job["device"],
+            job["private"],
+            job["held_out"],
+        )
         for job in simulated_devices(config)
     ]
     collect(config, devices, out)

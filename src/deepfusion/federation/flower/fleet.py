@@ -1,4 +1,5 @@
-"""Flower 1.41.0 below its public interface, all in one place: the device's side of the Fleet API, and running a ServerApp here.
+"""Flower 1.41.0 below its public interface, all in one place: the device's side of the Fleet API, and running a
+ServerApp here.
 
 A stock SuperNode fetches an app bundle and runs it. A device must not run code of a server, so `Fleet` speaks the Fleet
 API itself and hands each message to the ClientApp that is installed. A stock SuperExec starts the ServerApp with its
@@ -90,10 +91,19 @@ class Fleet:
         self._heart.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop.set()
-        with suppress(Exception):  # a courtesy: else the server waits a minute before it takes the device for gone
-            self._call("deactivate-node", DeactivateNodeRequest(node_id=self.node.node_id), DeactivateNodeResponse, once=True)
+        with suppress(
+            Exception
+        ):  # a courtesy: else the server waits a minute before it takes the device for gone
+            self._call(
+                "deactivate-node",
+                DeactivateNodeRequest(node_id=self.node.node_id),
+                DeactivateNodeResponse,
+                once=True,
+            )
 
     def receive(self) -> Message | None:
         """The next message for this device, if there is one."""
@@ -110,7 +120,9 @@ class Fleet:
             contents[part.object_id] = found.object_content
         message = cast(Message, inflate_object_from_contents(metadata.message_id, contents))
         message.metadata.__dict__["_message_id"] = metadata.message_id
-        received = ConfirmMessageReceivedRequest(node=self.node, run_id=metadata.run_id, message_object_id=metadata.message_id)
+        received = ConfirmMessageReceivedRequest(
+            node=self.node, run_id=metadata.run_id, message_object_id=metadata.message_id
+        )
         self._call("confirm-message-received", received, ConfirmMessageReceivedResponse)
         return message
 
@@ -133,7 +145,11 @@ class Fleet:
                     self._call(
                         "push-object",
                         PushObjectRequest(
-                            node=self.node, run_id=run_id, object_id=name, object_content=content, session_id=answer.session_id
+                            node=self.node,
+                            run_id=run_id,
+                            object_id=name,
+                            object_content=content,
+                            session_id=answer.session_id,
                         ),
                         PushObjectResponse,
                     )
@@ -169,7 +185,9 @@ class Fleet:
         while not self._stop.wait(HEARTBEAT_SECONDS * 0.8):
             request = SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=HEARTBEAT_SECONDS)
             try:
-                alive = self._call("send-node-heartbeat", request, SendNodeHeartbeatResponse, once=True).success
+                alive = self._call(
+                    "send-node-heartbeat", request, SendNodeHeartbeatResponse, once=True
+                ).success
                 if not alive:
                     self._activate()
             except Exception:
@@ -177,7 +195,9 @@ class Fleet:
 
     def _call(self, name: str, request: Proto, response: type[ResponseT], once: bool = False) -> ResponseT:
         def attempt() -> ResponseT:
-            answer = self.connection.call("POST", f"/v1/fleet/{name}", content=request.SerializeToString(), headers=_PROTOBUF)
+            answer = self.connection.call(
+                "POST", f"/v1/fleet/{name}", content=request.SerializeToString(), headers=_PROTOBUF
+            )
             result = response()
             result.ParseFromString(answer.content)
             return result
@@ -186,7 +206,8 @@ class Fleet:
 
 
 def register_devices(superlink: str, ca: Path, wanted: dict[str, bytes]) -> None:
-    """Make the devices that a SuperLink knows those that are `wanted`. Flower's own command line takes seconds for each.
+    """Make the devices that a SuperLink knows those that are `wanted`. Flower's own command line takes seconds for
+    each.
 
     Args:
         wanted: public keys (PEM) by name.
@@ -195,8 +216,14 @@ def register_devices(superlink: str, ca: Path, wanted: dict[str, bytes]) -> None
         httpx.HTTPError: the SuperLink does not answer.
     """
     versions = RuntimeVersionHttpInterceptor(component_name="flwr-cli")
-    with ControlHttpClient.from_server_address(superlink, False, ca.read_bytes(), interceptors=[versions]) as control:
-        known = [node for node in control.ListNodes(ListNodesRequest()).nodes_info if node.status != NodeStatus.UNREGISTERED]
+    with ControlHttpClient.from_server_address(
+        superlink, False, ca.read_bytes(), interceptors=[versions]
+    ) as control:
+        known = [
+            node
+            for node in control.ListNodes(ListNodesRequest()).nodes_info
+            if node.status != NodeStatus.UNREGISTERED
+        ]
         for node in known:
             if wanted.get(node.name) != node.public_key:
                 control.UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))
@@ -206,7 +233,12 @@ def register_devices(superlink: str, ca: Path, wanted: dict[str, bytes]) -> None
 
 
 def serve_app(
-    app: ServerApp, superlink: str, ca: Path, secret: bytes, run_config: dict[str, Any], idle: Callable[[], None]
+    app: ServerApp,
+    superlink: str,
+    ca: Path,
+    secret: bytes,
+    run_config: dict[str, Any],
+    idle: Callable[[], None],
 ) -> None:
     """Take the run that waits at the SuperLink and run `app` in it, in this process, until it ends or the run is lost.
 
@@ -227,7 +259,9 @@ def serve_app(
         retry_invoker=make_simple_http_retry_invoker(),
     )  # fmt: skip
     with finder:
-        while not (found := finder.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))).token:
+        while not (
+            found := finder.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
+        ).token:
             idle()
     grid = HttpGrid(superlink, False, certificates, token=found.token)
     heart = HeartbeatSender(make_task_heartbeat_fn_http(grid._runtime_client))
@@ -235,7 +269,11 @@ def serve_app(
     details, status = "", "completed"
     try:
         given = grid._runtime_client.PullTaskInput(PullTaskInputRequest())
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = given.task_id, given.run.run_id, given.context.node_id
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = (
+            given.task_id,
+            given.run.run_id,
+            given.context.node_id,
+        )
         grid.set_run(run_from_proto(given.run))
         context = context_from_proto(given.context)
         context = Context(context.run_id, context.node_id, {}, RecordDict(), run_config)

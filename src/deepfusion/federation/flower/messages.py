@@ -67,8 +67,12 @@ def reply_receipt(message: Message, receipt: dict[str, Any]) -> Message:
 
 
 def reply_refusal(message: Message, error: InputError) -> Message:
-    """Say that the device cannot do what it was asked: the code of the error only, for its text may quote private data."""
-    return Message(_content(what="the device has stopped; its owner sees why", code=error.code), reply_to=message)
+    """Say that the device cannot do what it was asked: the code of the error only, for its text may quote private
+    data.
+    """
+    return Message(
+        _content(what="the device has stopped; its owner sees why", code=error.code), reply_to=message
+    )
 
 
 def read(message: Message) -> Answer:
@@ -83,7 +87,9 @@ def read(message: Message) -> Answer:
     values = {key: str(value) for key, value in record.items()}
     if "config" in values:
         if hashlib.sha256(values["config"].encode()).hexdigest() != values.get("sha256"):
-            raise InputError("the config is not the one that its digest names", where="server", code="bad-message")
+            raise InputError(
+                "the config is not the one that its digest names", where="server", code="bad-message"
+            )
         return Answer(task=Task(values.get("device", ""), values["config"]))
     if "offer" in values:
         return Answer(offer=parse_offer(values["offer"]))
@@ -112,5 +118,11 @@ def _content(**values: str) -> RecordDict:
 
 
 def _error(error: InputError) -> dict[str, str]:
-    parts = {"what": error.what, "code": error.code, "where": error.where, "allowed": error.allowed, "fix": error.fix}
+    parts = {
+        "what": error.what,
+        "code": error.code,
+        "where": error.where,
+        "allowed": error.allowed,
+        "fix": error.fix,
+    }
     return {key: str(value) for key, value in parts.items() if value is not None}

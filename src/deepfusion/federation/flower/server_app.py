@@ -1,4 +1,5 @@
-"""The ServerApp: asks every device that appears to train, grants tickets for what they offer, and decides when it is enough.
+"""The ServerApp: asks every device that appears to train, grants tickets for what they offer, and decides when it is
+enough.
 
 It holds no weights. Messages are pushed and pulled one by one: `send_and_receive` would keep every reply.
 """
@@ -81,8 +82,14 @@ class Coordinator:
         return busy
 
     def _due(self, node: NodeInfo) -> bool:
-        """Whether a device must be asked (again): it is new, or its process is, which knows nothing of a message to the old one."""
-        since = datetime.datetime.fromisoformat(node.last_activated_at).timestamp() if node.last_activated_at else 0.0
+        """Whether a device must be asked (again): it is new, or its process is, which knows nothing of a message to
+        the old one.
+        """
+        since = (
+            datetime.datetime.fromisoformat(node.last_activated_at).timestamp()
+            if node.last_activated_at
+            else 0.0
+        )
         if node.node_id in self.dismissed:
             return since > self.dismissed[node.node_id]
         pending = self.pending.get(node.node_id)
@@ -103,7 +110,9 @@ class Coordinator:
                 self._grant(node, device, answer.offer)
             elif answer.refusal is not None:
                 self.ledger.set_state(device, "failed", str(answer.refusal))
-                self.ledger.audit("failed", device=device, code=answer.refusal.code, message=str(answer.refusal))
+                self.ledger.audit(
+                    "failed", device=device, code=answer.refusal.code, message=str(answer.refusal)
+                )
                 progress.say(f"[{device}] {answer.refusal}")
                 self.dismissed[node] = time.time()
             else:
@@ -122,7 +131,9 @@ class Coordinator:
 
     def _already(self, node: int, device: str, offer: Offer, row: Row) -> None:
         if row.offer is None or row.offer.digest != offer.digest or row.receipt is None:
-            raise InputError("it has handed in another upload", where=f"device {device}", code="already-uploaded")
+            raise InputError(
+                "it has handed in another upload", where=f"device {device}", code="already-uploaded"
+            )
         self._send(node, messages.receipt_again(node, row.receipt))
 
     def _refuse(self, node: int, device: str, error: InputError) -> None:
@@ -149,7 +160,9 @@ def task_config(config: Config) -> str:
     """What a device must know of a config, as YAML: nothing of the server's data, paths and plans."""
     data = {"max_chars": config.data.max_chars, "prompt_loss_weight": config.data.prompt_loss_weight}
     values = {name: getattr(config, name) for name in ("seed", "precision", "checkpoint_seconds")}
-    return yaml.safe_dump({**values, "data": data, "device": config.device.model_dump(mode="json")}, sort_keys=True)
+    return yaml.safe_dump(
+        {**values, "data": data, "device": config.device.model_dump(mode="json")}, sort_keys=True
+    )
 
 
 def seconds(deadline: str) -> int:

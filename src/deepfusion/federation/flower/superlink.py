@@ -50,15 +50,22 @@ class SuperLink:
         """What starts it. No secret is among the arguments, only the files that hold them."""
         host, port = self.address.split(":")
         return [
-            program("flower-superlink"), "--host", host, "--port", port, "--database", str(self.home.folder / "superlink.db"),
+            program("flower-superlink"), "--host", host, "--port", port, "--database",
+            str(self.home.folder / "superlink.db"),
             "--ssl-certfile", str(self.home.certificate), "--ssl-keyfile", str(self.home.certificate_key),
             "--ssl-ca-certfile", str(self.home.ca), "--enable-supernode-auth", "--isolation", "process",
-            "--disable-runtime-dependency-installation", "--superexec-auth-secret-file", str(self.home.superexec_secret),
+            "--disable-runtime-dependency-installation", "--superexec-auth-secret-file",
+            str(self.home.superexec_secret),
         ]  # fmt: skip
 
     def environment(self) -> dict[str, str]:
         """Environment of all that is Flower's: no telemetry, no look for updates, nothing in the user's own folders."""
-        return {**os.environ, "FLWR_HOME": str(self.home.flower), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+        return {
+            **os.environ,
+            "FLWR_HOME": str(self.home.flower),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+        }
 
     def register(self) -> None:
         """Make the devices that the SuperLink knows those that are enrolled.
@@ -67,7 +74,9 @@ class SuperLink:
             httpx.HTTPError: it does not answer.
         """
         enrolled = [device for device in self.home.devices.values() if not device.revoked]
-        register_devices(self.address, self.home.ca, {device.device: public_pem(device.key) for device in enrolled})
+        register_devices(
+            self.address, self.home.ca, {device.device: public_pem(device.key) for device in enrolled}
+        )
 
     def submit(self) -> None:
         """Create the run in which the ServerApp will work."""

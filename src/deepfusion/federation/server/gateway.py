@@ -1,6 +1,7 @@
 """The gateway: the one port that devices reach. Uploads by tus, Flower's messages by proxy, nothing else.
 
-`python -m deepfusion.federation.server.gateway --home HOME --run RUN --host HOST --port PORT --superlink 127.0.0.1:PORT`
+`python -m deepfusion.federation.server.gateway --home HOME --run RUN --host HOST --port PORT --superlink
+127.0.0.1:PORT`
 """
 
 # Annotations are evaluated here, since FastAPI reads those of nested functions.
@@ -67,7 +68,9 @@ class Counting:
         """Pass on and count."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        line = len(scope["method"]) + len(scope["raw_path"]) + len(scope["query_string"]) + len("  HTTP/1.1\r\n")
+        line = (
+            len(scope["method"]) + len(scope["raw_path"]) + len(scope["query_string"]) + len("  HTTP/1.1\r\n")
+        )
         wire = scope["state"]["wire"] = Wire(line + _size(scope["headers"]))
 
         async def counted_receive() -> Message:
@@ -133,7 +136,9 @@ class Doorman:
             raise Refusal(403, "revoked", f"{device} was shut out by the operator")
 
     def note(self, request: Request, refusal: Refusal) -> None:
-        """Write a refusal into the audit log; of one peer and reason only the first few a minute, or a stranger fills the disk."""
+        """Write a refusal into the audit log; of one peer and reason only the first few a minute, or a stranger fills
+        the disk.
+        """
         peer, now = request.client.host if request.client else None, time.monotonic()
         if len(self._refused) > 10_000:
             self._refused = {key: times for key, times in self._refused.items() if now - times[-1] < 60}
@@ -142,7 +147,9 @@ class Doorman:
         if len(times) < _REFUSALS_A_MINUTE:
             times.append(now)
             device, key = getattr(request.state, "device", None), getattr(request.state, "key", None)
-            self.ledger.audit("refused", device=device, peer=peer, code=refusal.code, message=refusal.message, key=key)
+            self.ledger.audit(
+                "refused", device=device, peer=peer, code=refusal.code, message=refusal.message, key=key
+            )
 
 
 def create_app(home: Home, run: Path, config: FederationSection, superlink: str) -> FastAPI:
@@ -164,7 +171,9 @@ def create_app(home: Home, run: Path, config: FederationSection, superlink: str)
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         context = ssl.create_default_context(cafile=str(home.ca))
-        async with httpx.AsyncClient(base_url=f"https://{superlink}", verify=context, timeout=60, trust_env=False) as client:
+        async with httpx.AsyncClient(
+            base_url=f"https://{superlink}", verify=context, timeout=60, trust_env=False
+        ) as client:
             app.state.superlink = client
             yield
 
@@ -177,11 +186,16 @@ def create_app(home: Home, run: Path, config: FederationSection, superlink: str)
             doorman.note(request, refusal)
         content = {"error": {"code": refusal.code, "message": refusal.message}, **refusal.facts}
         # The body may not have been read; what is left of it is not worth reading.
-        return JSONResponse(content, refusal.status, {"Connection": "close", "Tus-Resumable": TUS, **refusal.headers})
+        return JSONResponse(
+            content, refusal.status, {"Connection": "close", "Tus-Resumable": TUS, **refusal.headers}
+        )
 
     @app.exception_handler(HTTPException)
     def not_here(request: Request, error: HTTPException) -> JSONResponse:
-        return refuse(request, Refusal(404, "not-here", f"{request.method} {request.url.path[:100]} does not exist here"))
+        return refuse(
+            request,
+            Refusal(404, "not-here", f"{request.method} {request.url.path[:100]} does not exist here"),
+        )
 
     @app.exception_handler(Exception)
     def defect(request: Request, error: Exception) -> JSONResponse:
@@ -212,7 +226,9 @@ def _add_fleet(app: FastAPI, doorman: Doorman) -> None:
                 raise Refusal(413, "too-large", f"messages have at most {MAX_MESSAGE_BYTES} bytes")
         try:
             client: httpx.AsyncClient = request.app.state.superlink
-            answer = await client.post(request.url.path, content=bytes(body), headers=_of_flower(request.headers))
+            answer = await client.post(
+                request.url.path, content=bytes(body), headers=_of_flower(request.headers)
+            )
         except httpx.TransportError:
             raise Refusal(503, "superlink-away", "the server cannot take messages at the moment") from None
         return Response(answer.content, answer.status_code, _of_flower(answer.headers))
@@ -242,7 +258,10 @@ def _add_uploads(app: FastAPI, doorman: Doorman, uploads: Uploads, config: Feder
 
     @app.options("/v1/uploads")
     def options() -> Response:
-        return _tus(204, {"Tus-Version": TUS, "Tus-Extension": "creation", "Tus-Max-Size": str(config.max_upload_bytes)})
+        return _tus(
+            204,
+            {"Tus-Version": TUS, "Tus-Extension": "creation", "Tus-Max-Size": str(config.max_upload_bytes)},
+        )
 
     @app.post("/v1/uploads", dependencies=tus)
     async def create(request: Request, upload: Opened) -> Response:
@@ -256,7 +275,9 @@ def _add_uploads(app: FastAPI, doorman: Doorman, uploads: Uploads, config: Feder
     async def head(name: str, upload: Opened) -> Response:
         file = upload.file(name)
         offset = await uploads.offset(upload, file)
-        return _tus(200, {"Upload-Offset": str(offset), "Upload-Length": str(file.size), "Cache-Control": "no-store"})
+        return _tus(
+            200, {"Upload-Offset": str(offset), "Upload-Length": str(file.size), "Cache-Control": "no-store"}
+        )
 
     @app.patch("/v1/uploads/{name}", dependencies=tus)
     async def append(name: str, request: Request, upload: Opened) -> Response:
@@ -292,7 +313,14 @@ def _add_uploads(app: FastAPI, doorman: Doorman, uploads: Uploads, config: Feder
 
 
 def serve(
-    home: Home, run: Path, *, host: str, port: int, superlink: str, certificate: Path | None = None, key: Path | None = None
+    home: Home,
+    run: Path,
+    *,
+    host: str,
+    port: int,
+    superlink: str,
+    certificate: Path | None = None,
+    key: Path | None = None,
 ) -> None:
     """Serve the gateway until a signal ends it.
 
@@ -305,7 +333,8 @@ def serve(
     """
     app = create_app(home, run, load_config(run / "config.yaml").federation, superlink)
     uvicorn.run(
-        app, host=host, port=port, ssl_certfile=certificate or home.certificate, ssl_keyfile=key or home.certificate_key,
+        app, host=host, port=port, ssl_certfile=certificate or home.certificate,
+        ssl_keyfile=key or home.certificate_key,
         http="h11",  # bounds headers; the other one takes as many as come
         log_level="error",  # a warning for each malformed request would let strangers fill the disk
         ws="none", access_log=False, server_header=False, timeout_keep_alive=75,
@@ -355,7 +384,11 @@ def _number(text: str | None, header: str) -> int:
 
 
 def _of_flower(headers: Any) -> dict[str, str]:
-    return {name: value for name, value in headers.items() if name in ("content-type", "accept") or name.startswith("flwr-")}
+    return {
+        name: value
+        for name, value in headers.items()
+        if name in ("content-type", "accept") or name.startswith("flwr-")
+    }
 
 
 def _size(headers: Any) -> int:

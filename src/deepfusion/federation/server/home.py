@@ -47,7 +47,9 @@ class Home:
         self._known: dict[str, Enrolled] = {}
 
     def prepare(self, hosts: list[str]) -> None:
-        """Make what is missing: the folder, the authority, a certificate for `hosts`, the secret of the control plane."""
+        """Make what is missing: the folder, the authority, a certificate for `hosts`, the secret of the control
+        plane.
+        """
         self.check()
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.chmod(self.folder, 0o700)
@@ -127,10 +129,14 @@ class Home:
         with self._changing() as known:
             if device in known and not known[device].revoked and known[device].key != line:
                 fix = f"deepfusion server revoke {device}, or another name"
-                raise InputError("this name is enrolled with another key", where=device, fix=fix, code="already-enrolled")
+                raise InputError(
+                    "this name is enrolled with another key", where=device, fix=fix, code="already-enrolled"
+                )
             other = self.who(key)
             if other and not other.revoked and other.device != device:
-                raise InputError(f"this key is enrolled as {other.device}", where=device, code="already-enrolled")
+                raise InputError(
+                    f"this key is enrolled as {other.device}", where=device, code="already-enrolled"
+                )
             if other and other.revoked:
                 fix = "the device makes a new key with another --home"
                 raise InputError("this key was revoked", where=device, fix=fix, code="revoked")

@@ -1,4 +1,6 @@
-"""Run a program that the kernel ends together with the process that started it, so that a killed server leaves its ports free."""
+"""Run a program that the kernel ends together with the process that started it, so that a killed server leaves its
+ports free.
+"""
 
 from __future__ import annotations
 

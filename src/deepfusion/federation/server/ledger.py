@@ -20,7 +20,9 @@ from typing import Any, Literal
 from deepfusion.federation.offer import Offer, parse_offer
 from deepfusion.folders import locked
 
-State = Literal["enrolled", "connected", "training", "uploading", "verifying", "done", "late", "rejected", "failed"]
+State = Literal[
+    "enrolled", "connected", "training", "uploading", "verifying", "done", "late", "rejected", "failed"
+]
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS devices (
@@ -30,7 +32,8 @@ CREATE TABLE IF NOT EXISTS devices (
     control_up INTEGER NOT NULL DEFAULT 0, control_down INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE IF NOT EXISTS tickets (
-    hash TEXT PRIMARY KEY, device TEXT NOT NULL, digest TEXT NOT NULL, issued REAL NOT NULL, spent INTEGER NOT NULL DEFAULT 0
+    hash TEXT PRIMARY KEY, device TEXT NOT NULL, digest TEXT NOT NULL, issued REAL NOT NULL,
+    spent INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
@@ -87,7 +90,8 @@ class Ledger:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        # A connection for each access: they are rare, and none is shared between threads or outlives a crash. SQLite's own
+        # A connection for each access: they are rare, and none is shared between threads or outlives a crash.
+        # SQLite's own
         # waiting asks ever more seldom, and starves beside a busy process.
         with locked(self.path.with_suffix(".lock"), poll_seconds=0.001):
             db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
@@ -120,7 +124,9 @@ class Ledger:
                 (state, detail, time.time(), device, state, detail),
             )
 
-    def count(self, device: str, *, up: int = 0, down: int = 0, control_up: int = 0, control_down: int = 0) -> None:
+    def count(
+        self, device: str, *, up: int = 0, down: int = 0, control_up: int = 0, control_down: int = 0
+    ) -> None:
         """Add bytes that crossed the wire, and that the device is alive."""
         with self._open() as db:
             _touch(db, device)
@@ -145,8 +151,14 @@ class Ledger:
         with self._open() as db:
             _touch(db, device)
             db.execute("UPDATE tickets SET spent=1 WHERE device=?", (device,))
-            db.execute("INSERT INTO tickets VALUES (?, ?, ?, ?, 0)", (_hash(ticket), device, offer.digest, time.time()))
-            db.execute("UPDATE devices SET offer=?, size=? WHERE device=?", (offer.model_dump_json(), offer.size, device))
+            db.execute(
+                "INSERT INTO tickets VALUES (?, ?, ?, ?, 0)",
+                (_hash(ticket), device, offer.digest, time.time()),
+            )
+            db.execute(
+                "UPDATE devices SET offer=?, size=? WHERE device=?",
+                (offer.model_dump_json(), offer.size, device),
+            )
         return ticket
 
     def ticket(self, ticket: str) -> Ticket | None:
@@ -156,7 +168,8 @@ class Ledger:
         return Ticket(row["device"], row["digest"], bool(row["spent"])) if row else None
 
     def finish(self, device: str, receipt: dict[str, Any]) -> dict[str, Any]:
-        """An upload is here and verified: spend the ticket and give the receipt. A second call gives the first receipt again.
+        """An upload is here and verified: spend the ticket and give the receipt. A second call gives the first
+        receipt again.
 
         Returns:
             The receipt, with `state`: done, or late if the run has already begun without it.
@@ -199,15 +212,22 @@ class Ledger:
         with self._open() as db:
             db.execute("DELETE FROM facts WHERE name=?", (name,))
 
-    def audit(self, event: str, *, device: str | None = None, peer: str | None = None, **facts: object) -> None:
+    def audit(
+        self, event: str, *, device: str | None = None, peer: str | None = None, **facts: object
+    ) -> None:
         """Add a line to `RUN`/federation/audit.jsonl: who was let in, what was taken, who was refused and why."""
-        line = json.dumps({"time": round(time.time(), 3), "event": event, "device": device, "peer": peer, **facts})
+        line = json.dumps(
+            {"time": round(time.time(), 3), "event": event, "device": device, "peer": peer, **facts}
+        )
         with open(self.audit_path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
 
 def _touch(db: sqlite3.Connection, device: str) -> None:
-    db.execute("INSERT OR IGNORE INTO devices (device, state, changed) VALUES (?, 'enrolled', ?)", (device, time.time()))
+    db.execute(
+        "INSERT OR IGNORE INTO devices (device, state, changed) VALUES (?, 'enrolled', ?)",
+        (device, time.time()),
+    )
 
 
 def _hash(ticket: str) -> str:

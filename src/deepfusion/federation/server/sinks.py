@@ -20,8 +20,8 @@ _BLOCK_BYTES = 2**20
 class S3Sink:
     """Multipart uploads by addresses that are signed beforehand, so that devices need no credentials of the store.
 
-    What is there is asked of the store each time, so nothing is lost with the process. An upload of another part size is
-    no trouble: parts of a wrong size count as missing.
+    What is there is asked of the store each time, so nothing is lost with the process. An upload of another part
+    size is no trouble: parts of a wrong size count as missing.
 
     Args:
         config: bucket, prefix and where the store is.
@@ -40,7 +40,9 @@ class S3Sink:
             import botocore.exceptions
             from botocore.config import Config as Settings
         except ImportError:
-            raise InputError("federation.sink s3 needs boto3", fix="pip install deepfusion[s3]", code="no-s3") from None
+            raise InputError(
+                "federation.sink s3 needs boto3", fix="pip install deepfusion[s3]", code="no-s3"
+            ) from None
         if not config.bucket:
             raise InputError("no bucket is named", where="federation.s3.bucket", code="no-s3")
         self.bucket, self.prefix, self.part_bytes = config.bucket, f"{config.prefix}/{run}", config.part_bytes
@@ -51,12 +53,16 @@ class S3Sink:
             signature_version="s3v4",
             connect_timeout=10,
             retries={"total_max_attempts": 2},  # devices are patient and ask again
-            s3={"addressing_style": "path" if config.endpoint else "auto"},  # stores of one's own seldom have names per bucket
+            s3={
+                "addressing_style": "path" if config.endpoint else "auto"
+            },  # stores of one's own seldom have names per bucket
             request_checksum_calculation="when_required",  # other stores than that of AWS refuse the newer checksums
             response_checksum_validation="when_required",
         )
         try:
-            self._client = boto3.client("s3", endpoint_url=config.endpoint, region_name=config.region, config=settings)
+            self._client = boto3.client(
+                "s3", endpoint_url=config.endpoint, region_name=config.region, config=settings
+            )
             self._client.head_bucket(Bucket=self.bucket)
         except self.errors as error:
             fix = "check federation.s3 and the credentials in the environment"
@@ -66,8 +72,8 @@ class S3Sink:
         """What of a file is to be sent next.
 
         Returns:
-            part_bytes, and parts: some of those missing, each with number, offset and size in bytes, and url to PUT it to.
-            No parts: all are there.
+            part_bytes, and parts: some of those missing, each with number, offset and size in bytes, and url to
+            PUT it to. No parts: all are there.
         """
         key = self._key(device, offer, file)
         size = self._part_size(file)
@@ -90,7 +96,9 @@ class S3Sink:
             key = self._key(device, offer, file)
             if key not in self._seen and file.size:
                 whole = self._object_size(key) == file.size
-                self._seen[key] = file.size if whole else sum(part["Size"] for part in self._begun(key, file)[1])
+                self._seen[key] = (
+                    file.size if whole else sum(part["Size"] for part in self._begun(key, file)[1])
+                )
             held[file.name] = self._seen.get(key, 0)
         return held
 
@@ -117,12 +125,16 @@ class S3Sink:
         kept = f"{prefix}{keep.digest[:16]}/" if keep else None
         for upload in self._uploads(prefix):
             if kept is None or not upload["Key"].startswith(kept):
-                self._client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+                self._client.abort_multipart_upload(
+                    Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                )
         for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix):
             for found in page.get("Contents", []):
                 if kept is None or not found["Key"].startswith(kept):
                     self._client.delete_object(Bucket=self.bucket, Key=found["Key"])
-        for key in [key for key in self._seen if key.startswith(prefix) and not (kept and key.startswith(kept))]:
+        for key in [
+            key for key in self._seen if key.startswith(prefix) and not (kept and key.startswith(kept))
+        ]:
             del self._seen[key]
 
     def _key(self, device: str, offer: Offer, file: OfferedFile) -> str:
@@ -143,7 +155,9 @@ class S3Sink:
 
     def _uploads(self, prefix: str) -> list[dict[str, Any]]:
         """Multipart uploads that have begun, the oldest first."""
-        pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=prefix)
+        pages = self._client.get_paginator("list_multipart_uploads").paginate(
+            Bucket=self.bucket, Prefix=prefix
+        )
         found = [upload for page in pages for upload in page.get("Uploads", [])]
         return sorted(found, key=lambda upload: (upload["Initiated"], upload["UploadId"]))
 
@@ -154,7 +168,9 @@ class S3Sink:
             return "", []
         pages = self._client.get_paginator("list_parts").paginate(Bucket=self.bucket, Key=key, UploadId=name)
         size = self._part_size(file)
-        expected = {number + 1: min(size, file.size - number * size) for number in range(math.ceil(file.size / size))}
+        expected = {
+            number + 1: min(size, file.size - number * size) for number in range(math.ceil(file.size / size))
+        }
         parts = [part for page in pages for part in page.get("Parts", [])]
         return name, [part for part in parts if expected.get(part["PartNumber"]) == part["Size"]]
 
@@ -174,5 +190,7 @@ class S3Sink:
         if not parts or sum(part["Size"] for part in parts) < file.size:
             return False
         listed = [{"PartNumber": part["PartNumber"], "ETag": part["ETag"]} for part in parts]
-        self._client.complete_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": listed})
+        self._client.complete_multipart_upload(
+            Bucket=self.bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": listed}
+        )
         return True

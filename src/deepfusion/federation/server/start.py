@@ -1,4 +1,6 @@
-"""The server of a federation: starts what it needs, shows who is how far, and runs the pipeline once enough uploads are in."""
+"""The server of a federation: starts what it needs, shows who is how far, and runs the pipeline once enough uploads
+are in.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,8 @@ def start(
         stay: go on after the model is made, to keep what late devices hand in.
 
     Raises:
-        InputError: the port is taken, the run folder belongs to other settings, too few uploads came, and all of `pipeline.run`.
+        InputError: the port is taken, the run folder belongs to other settings, too few uploads came, and all of
+            `pipeline.run`.
     """
     out = claim_run(out, local_inputs(config))
     if certificate is not None and home.folder in certificate.resolve().parents:
@@ -52,11 +55,16 @@ def start(
     names = public or [socket.gethostname()]
     if config.federation.wait_for is None and config.federation.deadline is None:
         fix = "--set federation.wait_for=8, or --set federation.deadline=12h, or both"
-        raise InputError("nothing says when enough devices are in", where="federation", fix=fix, code="no-end")
+        raise InputError(
+            "nothing says when enough devices are in", where="federation", fix=fix, code="no-end"
+        )
     if (config.federation.wait_for or config.experts) < config.experts:
         what = f"federation.wait_for={config.federation.wait_for} uploads are fewer than experts={config.experts}"
         raise InputError(
-            what, where="federation.wait_for", fix=f"--set experts={config.federation.wait_for}", code="fewer-devices-than-experts"
+            what,
+            where="federation.wait_for",
+            fix=f"--set experts={config.federation.wait_for}",
+            code="fewer-devices-than-experts",
         )
     _check_base(config)
     _check_port(host, port)
@@ -69,11 +77,19 @@ def start(
     fix = "stop it, or use another --home"
     busy = InputError("another server works with this home", where=home.folder, fix=fix, code="home-busy")
     alone = locked(home.folder / LOCK, busy)
-    with alone, _services(home, out, host, port, certificate, certificate_key) as services, View(ledger, home) as view:
-        view.wait(lambda: services.healthy() and _listens(host, port))  # a device that follows the line at once finds it open
+    with (
+        alone,
+        _services(home, out, host, port, certificate, certificate_key) as services,
+        View(ledger, home) as view,
+    ):
+        view.wait(
+            lambda: services.healthy() and _listens(host, port)
+        )  # a device that follows the line at once finds it open
         progress.say(f"[server] on a device: {line} --data private.jsonl")
         if config.distill.base is None:
-            progress.say("[server] the base is the tiny one of the family: for real models name one, --set distill.base=NAME")
+            progress.say(
+                "[server] the base is the tiny one of the family: for real models name one, --set distill.base=NAME"
+            )
         view.wait(lambda: services.healthy() and ledger.closed)
         _make_model(config, out, ledger)
         if stay:
@@ -84,7 +100,9 @@ def start(
 
 
 def _check_base(config: Config) -> None:
-    """Refuses a base too small for types that the operator suggests; a process of its own loads the model framework for that."""
+    """Refuses a base too small for types that the operator suggests; a process of its own loads the model framework
+    for that.
+    """
     if config.distill.base is None and "types" in config.device.model_fields_set:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             pool.submit(_compare_base, config).result()
@@ -110,7 +128,9 @@ def _make_model(config: Config, out: Path, ledger: Ledger) -> None:
 
 
 def collect(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
-    """The stage that takes what devices have handed in: writes `out`/uploads, and bytes at the wire to transport.json."""
+    """The stage that takes what devices have handed in: writes `out`/uploads, and bytes at the wire to
+    transport.json.
+    """
     ledger = Ledger(inputs["run"])
     rows = [row for row in ledger.devices().values() if row.state == "done"]
     (out / "uploads").mkdir(exist_ok=True)
@@ -119,13 +139,17 @@ def collect(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any
         if received.is_dir():  # else it was moved before this stage was killed
             os.replace(received, out / "uploads" / row.device)
     moved = {row.device: _moved(row) for row in rows}
-    totals = {f"total_{key}": sum(device[key] for device in moved.values()) for key in ("up_bytes", "down_bytes")}
+    totals = {
+        f"total_{key}": sum(device[key] for device in moved.values()) for key in ("up_bytes", "down_bytes")
+    }
     (out / "transport.json").write_text(json.dumps({"devices": moved, **totals}, indent=1), "utf-8")
     return {"devices": len(rows)}
 
 
 def _moved(row: Row) -> dict[str, int]:
-    """Bytes at the wire: upload requests with what was sent again, and apart from them the messages of the control plane."""
+    """Bytes at the wire: upload requests with what was sent again, and apart from them the messages of the control
+    plane.
+    """
     return {
         "up_bytes": row.up, "down_bytes": row.down, "upload_bytes": row.size,
         "control_up_bytes": row.control_up, "control_down_bytes": row.control_down,
@@ -137,7 +161,13 @@ def device_states(run: Path) -> list[dict[str, Any]]:
     if not (run / "federation" / "ledger.sqlite").is_file():
         return []
     return [
-        {"device": row.device, "state": row.state, "detail": row.detail, "received_bytes": row.received, "upload_bytes": row.size}
+        {
+            "device": row.device,
+            "state": row.state,
+            "detail": row.detail,
+            "received_bytes": row.received,
+            "upload_bytes": row.size,
+        }
         for row in Ledger(run).devices().values()
     ]
 
@@ -145,7 +175,9 @@ def device_states(run: Path) -> list[dict[str, Any]]:
 def _open_run(config: Config, out: Path) -> Ledger:
     """The ledger of a run folder, new or of this very federation."""
     if (out / "manifest.json").is_file() and not (out / "federation").is_dir():
-        raise InputError("a run without a federation", where=out, fix="choose another --out", code="not-a-run")
+        raise InputError(
+            "a run without a federation", where=out, fix="choose another --out", code="not-a-run"
+        )
     ledger = Ledger(out)
     if not ledger.devices():
         ledger.forget("task")
@@ -163,7 +195,11 @@ def _reopen(config: Config, ledger: Ledger) -> None:
     """The deadline had passed with too few uploads: a later one, or a smaller number of experts, lets the run go on."""
     began = float(ledger.recall("began") or 0)
     done = sum(row.state == "done" for row in ledger.devices().values())
-    if done < config.experts and config.federation.deadline and time.time() < began + seconds(config.federation.deadline):
+    if (
+        done < config.experts
+        and config.federation.deadline
+        and time.time() < began + seconds(config.federation.deadline)
+    ):
         ledger.forget("closed")
 
 
@@ -173,7 +209,9 @@ def _keep_late(out: Path, ledger: Ledger) -> None:
         if row.state == "late" and received.is_dir():
             (out / "late").mkdir(exist_ok=True)
             shutil.move(received, out / "late" / row.device)
-            progress.say(f"[{row.device}] came late: kept in {out / 'late' / row.device} for the next deepfusion fuse {out}")
+            progress.say(
+                f"[{row.device}] came late: kept in {out / 'late' / row.device} for the next deepfusion fuse {out}"
+            )
 
 
 class _Services:
@@ -213,7 +251,10 @@ class _Services:
         if self._broken is not None:
             log = self.logs / f"{self._broken}.log"
             raise InputError(
-                f"the {self._broken} does not stay up", where=log, fix="the end of this file says why", code="service-down"
+                f"the {self._broken} does not stay up",
+                where=log,
+                fix="the end of this file says why",
+                code="service-down",
             )
         return True
 
@@ -234,15 +275,31 @@ class _Services:
                 with open(self.logs / f"{name}.log", "ab") as log:
                     leashed = [sys.executable, "-m", "deepfusion.federation.server.leash", *command]
                     self.running[name] = subprocess.Popen(
-                        leashed, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment, umask=0o077
+                        leashed,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                        env=self.environment,
+                        umask=0o077,
                     )
 
 
 @contextmanager
-def _services(home: Home, out: Path, host: str, port: int, certificate: Path | None, key: Path | None) -> Iterator[_Services]:
+def _services(
+    home: Home, out: Path, host: str, port: int, certificate: Path | None, key: Path | None
+) -> Iterator[_Services]:
     link = SuperLink(home, f"127.0.0.1:{_free_port()}")
     common = ["--home", str(home.folder), "--run", str(out.resolve()), "--superlink", link.address]
-    gateway = [sys.executable, "-m", "deepfusion.federation.server.gateway", *common, "--host", host, "--port", str(port)]
+    gateway = [
+        sys.executable,
+        "-m",
+        "deepfusion.federation.server.gateway",
+        *common,
+        "--host",
+        host,
+        "--port",
+        str(port),
+    ]
     if certificate is not None:
         gateway += ["--certificate", str(certificate), "--certificate-key", str(key)]
     commands = {
@@ -261,7 +318,9 @@ def _check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             fix = "choose another --port"
-            raise InputError(f"cannot listen there ({error.strerror})", where=f"{host}:{port}", fix=fix, code="port-busy") from None
+            raise InputError(
+                f"cannot listen there ({error.strerror})", where=f"{host}:{port}", fix=fix, code="port-busy"
+            ) from None
 
 
 def _listens(host: str, port: int) -> bool:

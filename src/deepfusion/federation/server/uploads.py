@@ -1,6 +1,8 @@
-"""Uploads on the server: tickets, files that grow from wherever they stopped, and the receipt once all digests are right.
+"""Uploads on the server: tickets, files that grow from wherever they stopped, and the receipt once all digests are
+right.
 
-The length of a part file is how much of it is here. Nothing else is recorded, so there is nothing to repair after a crash.
+The length of a part file is how much of it is here. Nothing else is recorded, so there is nothing to repair after
+a crash.
 """
 
 from __future__ import annotations
@@ -46,9 +48,17 @@ class Refusal(Exception):
         facts: further keys of the answer.
     """
 
-    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None, **facts: object) -> None:
+    def __init__(
+        self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None, **facts: object
+    ) -> None:
         super().__init__(message)
-        self.status, self.code, self.message, self.headers, self.facts = status, code, message, dict(headers or {}), facts
+        self.status, self.code, self.message, self.headers, self.facts = (
+            status,
+            code,
+            message,
+            dict(headers or {}),
+            facts,
+        )
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,9 @@ class Uploads:
         self._sound: dict[Path, tuple[int, int]] = {}
         self._verifying: dict[Path, asyncio.Future[dict[str, Any]]] = {}
         self._moving = threading.Lock()
-        self._hashing = ThreadPoolExecutor(2, "verify")  # of its own, or long files would hold up short requests
+        self._hashing = ThreadPoolExecutor(
+            2, "verify"
+        )  # of its own, or long files would hold up short requests
         for folder in (self.incoming, self.received):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -162,7 +174,12 @@ class Uploads:
             return upload.offset(file)
 
     async def append(
-        self, upload: Upload, file: OfferedFile, offset: int, receive: Receive, each_second: Callable[[], None]
+        self,
+        upload: Upload,
+        file: OfferedFile,
+        offset: int,
+        receive: Receive,
+        each_second: Callable[[], None],
     ) -> int:
         """Add the body of a request to a file; what arrived before a connection broke counts.
 
@@ -181,7 +198,9 @@ class Uploads:
         async with self._turn(path) as newer:
             here = upload.offset(file)
             if offset != here:
-                raise Refusal(409, "offset", f"{here} bytes are here, not {offset}", {"Upload-Offset": str(here)})
+                raise Refusal(
+                    409, "offset", f"{here} bytes are here, not {offset}", {"Upload-Offset": str(here)}
+                )
             told = time.monotonic()
             try:
                 async for block in _blocks(receive, newer):
@@ -228,7 +247,9 @@ class Uploads:
         if working is None:
             working = asyncio.get_running_loop().run_in_executor(self._hashing, self._accept, upload, peer)
             self._verifying[upload.folder] = working
-            working.add_done_callback(lambda done: done.exception())  # or Python complains when nobody asks again
+            working.add_done_callback(
+                lambda done: done.exception()
+            )  # or Python complains when nobody asks again
         done, _ = await asyncio.wait({working}, timeout=_ANSWER_SECONDS)
         if not done:
             return None
@@ -237,7 +258,9 @@ class Uploads:
 
     def _ticket(self, device: str, text: str | None) -> Ticket:
         if text is None:
-            raise Refusal(401, "ticket-missing", "the request carries no ticket", {"WWW-Authenticate": "Bearer"})
+            raise Refusal(
+                401, "ticket-missing", "the request carries no ticket", {"WWW-Authenticate": "Bearer"}
+            )
         ticket = self.ledger.ticket(text)
         if ticket is None:
             raise Refusal(403, "ticket-unknown", "this ticket was never issued")
@@ -253,7 +276,9 @@ class Uploads:
         return row.offer
 
     def _settle(self, upload: Upload) -> None:
-        """Make the folder of an upload, remove those of earlier offers, and undo an acceptance that a crash cut short."""
+        """Make the folder of an upload, remove those of earlier offers, and undo an acceptance that a crash cut
+        short.
+        """
         home = upload.folder.parent
         home.mkdir(exist_ok=True)
         for other in home.iterdir():
@@ -263,7 +288,9 @@ class Uploads:
             with self._reaching():
                 self.store.forget(upload.device, keep=upload.offer)
         moved = self.received / upload.device
-        if not upload.folder.exists() and _listing(moved) == {file.name: file.size for file in upload.offer.files}:
+        if not upload.folder.exists() and _listing(moved) == {
+            file.name: file.size for file in upload.offer.files
+        }:
             moved.rename(upload.folder)
         upload.folder.mkdir(exist_ok=True)
 
@@ -273,7 +300,9 @@ class Uploads:
             rest = upload.offer.size - sum(here.values())
             free = shutil.disk_usage(upload.folder).free
             if free < rest + SPARE_BYTES:
-                raise Refusal(507, "server-full", f"the server has no room for the {rest} bytes that are missing")
+                raise Refusal(
+                    507, "server-full", f"the server has no room for the {rest} bytes that are missing"
+                )
             (upload.folder / file.name).touch()
         return here.get(file.name, 0)
 
@@ -297,7 +326,9 @@ class Uploads:
                 self.store.collect(device, offer, upload.folder)
         here = _listing(upload.folder)
         missing = [file.name for file in offer.files if here.get(file.name, -1) < file.size]
-        wrong = [file.name for file in offer.files if file.name not in missing and not self._is_sound(upload, file)]
+        wrong = [
+            file.name for file in offer.files if file.name not in missing and not self._is_sound(upload, file)
+        ]
         for name in wrong:
             if self.store:
                 with self._reaching():
@@ -319,7 +350,9 @@ class Uploads:
 
     def _move(self, upload: Upload, peer: str | None) -> dict[str, Any]:
         device, offer, moved = upload.device, upload.offer, self.received / upload.device
-        self._wanted(device, offer.digest)  # the device may have made another offer while this one was verified
+        self._wanted(
+            device, offer.digest
+        )  # the device may have made another offer while this one was verified
         # Until the ledger knows, nothing has happened: after a crash in between, `_settle` moves the folder back.
         self._current.pop(device, None)
         shutil.rmtree(moved, ignore_errors=True)
@@ -327,7 +360,9 @@ class Uploads:
         for folder in (moved, self.received, upload.folder.parent):
             _sync(folder)
         facts = {"digest": offer.digest, "size": offer.size, "files": len(offer.files)}
-        receipt = self.ledger.finish(device, {"device": device, **facts, "received_at": now(), "server_version": __version__})
+        receipt = self.ledger.finish(
+            device, {"device": device, **facts, "received_at": now(), "server_version": __version__}
+        )
         self.ledger.audit("accepted", device=device, peer=peer, state=receipt["state"], **facts)
         upload.folder.parent.rmdir()
         return receipt
@@ -353,7 +388,8 @@ class Uploads:
 
     @asynccontextmanager
     async def _turn(self, path: Path) -> AsyncIterator[asyncio.Event]:
-        """Alone with a part file. A request whose connection is dead would hold it for minutes, so the newest makes others stop.
+        """Alone with a part file. A request whose connection is dead would hold it for minutes, so the newest makes
+        others stop.
 
         Yields:
             What is set as soon as a newer request waits.

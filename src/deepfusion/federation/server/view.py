@@ -31,7 +31,9 @@ class View:
     def __init__(self, ledger: Ledger, home: Home, pause: float = 1.0) -> None:
         self.ledger, self.home, self.pause = ledger, home, pause
         self._console = Console(stderr=True)
-        self._live = Live(console=self._console, auto_refresh=False, transient=True) if sys.stderr.isatty() else None
+        self._live = (
+            Live(console=self._console, auto_refresh=False, transient=True) if sys.stderr.isatty() else None
+        )
         self._shown: dict[str, str] = {}
         self._before: dict[str, tuple[float, int]] = {}
         self._rates: dict[str, float] = {}
@@ -39,7 +41,9 @@ class View:
     def __enter__(self) -> View:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._show()
 
     def wait(self, until: Callable[[], bool | None]) -> None:
@@ -79,12 +83,16 @@ class View:
     def _state(self, row: Row) -> str:
         offline = row.seen is not None and time.time() - row.seen > OFFLINE_SECONDS
         return (
-            f"{row.state}, not seen for {progress.duration(60 * ((time.time() - (row.seen or 0)) // 60))}" if offline else row.state
+            f"{row.state}, not seen for {progress.duration(60 * ((time.time() - (row.seen or 0)) // 60))}"
+            if offline
+            else row.state
         )
 
     def _table(self, rows: dict[str, Row]) -> Table:
         table = Table("device", "state", "upload", "rate", "eta", "")
-        for name in sorted({*rows, *(name for name, device in self.home.devices.items() if not device.revoked)}):
+        for name in sorted(
+            {*rows, *(name for name, device in self.home.devices.items() if not device.revoked)}
+        ):
             row = rows.get(name)
             if row is None:
                 table.add_row(escape(name), "enrolled", "", "", "", "")
@@ -93,7 +101,8 @@ class View:
             moving = row.state == "uploading" and rate > 0
             table.add_row(
                 escape(name), self._state(row), f"{_bytes(row.received)} of {_bytes(row.size)}" if row.size else "",
-                f"{_bytes(rate)}/s" if moving else "", progress.duration(left / rate) if moving else "", escape(row.detail[:80]),
+                f"{_bytes(rate)}/s" if moving else "", progress.duration(left / rate) if moving else "",
+                escape(row.detail[:80]),
             )  # fmt: skip
         return table
 
