@@ -80,7 +80,10 @@ def test_connections_that_break_at_random_moments(gateway: Gateway) -> None:
         connection = gateway.connect(device.key, faults.port)
         check_arrived(device, hand_in(connection, device.folder, device.offer, device.ticket))
     assert faults.count > 1
-    assert faults.passed < 2 * device.offer.size, "what has arrived is not sent again"
+    # What the network lost on its way depends on how busy the machine is; what the server has had does not.
+    up = gateway.ledger.devices()["resets"].up
+    lost = uploads._BLOCK_BYTES + 20_000  # of each break: a block that was not yet written, and headers
+    assert up < device.offer.size + lost * faults.count, "what has arrived is not sent again"
 
 
 def test_a_network_that_swallows_everything(gateway: Gateway, capfd: pytest.CaptureFixture[str]) -> None:
