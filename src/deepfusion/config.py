@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -467,15 +467,15 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
         _set(values, key.strip().split("."), _parse_value(value, override))
     recipe = values.get("recipe", "fused")
     layered = _overlay(RECIPES[recipe], values) if isinstance(recipe, str) and recipe in RECIPES else values
-    return parse_config(layered, path)
+    return parse_config(layered, path, overrides)
 
 
-def parse_config(values: dict[str, Any], where: object = "config") -> Config:
-    """Validate plain values; the error names the file, the key and what is allowed."""
+def parse_config(values: dict[str, Any], where: object = "config", overrides: Sequence[str] = ()) -> Config:
+    """Validate plain values; the error names the override or else the file, the key and what is allowed."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise _explain_error(error, where) from None
+        raise _explain_error(error, where, overrides) from None
 
 
 def cluster_count(config: Config, devices: int, types: int) -> int:
@@ -569,7 +569,9 @@ def _parse_value(text: str, override: str) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         if text.startswith(("[", "{", '"', "'")):
-            raise InputError(f"--set {override}: the value is not valid YAML", code="bad-override") from None
+            fix = "in a list, quote text with signs in it, as in '[\"a #1.jsonl\"]'"
+            what = f"--set {override}: the value is not valid YAML"
+            raise InputError(what, fix=fix, code="bad-override") from None
         return text
     if text.startswith(("[", "{", '"', "'")):
         return value
@@ -608,7 +610,7 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _explain_error(error: ValidationError, where: object) -> InputError:
+def _explain_error(error: ValidationError, where: object, overrides: Sequence[str]) -> InputError:
     errors = error.errors()
     # A value of several allowed types fails once for each; the error that lies deepest is the one that was meant. A
     # wrong key
@@ -618,6 +620,9 @@ def _explain_error(error: ValidationError, where: object) -> InputError:
     key = ".".join(
         str(part) for part in first["loc"] if part not in ("list[DeviceSpec]", "list[str]", "str", "int")
     )
+    for override in overrides:
+        if f"{key}.".startswith(f"{override.partition('=')[0].strip()}."):
+            where = f"--set {override}"
     if first["type"] == "extra_forbidden":
         near = nearest_key(key)
         hint = f"did you mean {near}?" if near else "deepfusion config explain lists every key"

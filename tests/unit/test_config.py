@@ -214,3 +214,17 @@ def test_the_value_of_an_override_is_what_was_typed(name: str) -> None:
     assert load_config(None, [f"data.private={name}"]).data.private == name
     assert load_config(None, [f"data.private='{name}'"]).data.private == name
     assert load_config(None, [f"data.private=['{name}', b]"]).data.private == [name, "b"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("device.steps=0", r"\[--set device.steps=0\]|--set device.steps=0"),
+        ("data.partition={scheme: none}", "--set data.partition="),
+        ("data.private=[a #1.jsonl]", "quote"),
+    ],
+)
+def test_an_error_names_the_override_that_caused_it(override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        load_config(None, ["seed=3", override])
+    assert "quickstart.yaml" not in str(error.value)

@@ -290,3 +290,10 @@ def test_prompts_are_no_weights(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match=r"PROMPT_TUNING, which cannot be merged"):
         survey(tmp_path / "all")
+
+
+def test_the_note_beside_an_upload_is_no_part_of_the_folder(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "clinic")
+    (tmp_path / ".clinic.made.json").write_text('{"request": "x"}\n')
+    (tmp_path / "notes.txt").write_text("mine")
+    assert survey(tmp_path).left_out == ["notes.txt (not a folder)"]

@@ -57,7 +57,7 @@ def test_text_and_prompt_rows_are_taken_as_they_are() -> None:
         "A. red\nB.\tgreen\nC) blue\n",
     ],
 )
-@pytest.mark.parametrize("answer", ["B", "b", "(B)", "B.", 1, "green", "B. green", " B.  Green "])
+@pytest.mark.parametrize("answer", ["B", "b", "(B)", "B.", 1, "1", "green", "B. green", " B.  Green "])
 def test_every_way_to_write_choices_and_answer(options: object, answer: object) -> None:
     expected = Document(PROMPT, " B. green", "d", OPTIONS, 1)
     assert parse_row({"question": "Which?", "options": options, "answer": answer}, "d") == expected

@@ -286,6 +286,8 @@ def _right_choices(answer: object, choices: list[str]) -> list[int]:
         for index, choice in enumerate(choices):
             if wanted in (choice.casefold(), choice[3:].casefold()):
                 return [index]
+        if re.fullmatch("[0-9]{1,2}", wanted) and int(wanted) < len(choices):  # an index, as tables write it
+            return [int(wanted)]
     what = f'"answer" {str(answer)[:60]!r} is none of the options'
     raise InputError(what, allowed="a letter, an index or an option", code="bad-answer")
 

@@ -132,8 +132,16 @@ def check_made(folder: Path, request: str) -> None:
     if _made(folder) != {"request": request, "card": sha256_file(folder / CARD)}:
         what = "a finished upload lies there, made of other data, by other settings or elsewhere"
         raise InputError(
-            what, where=folder, fix="choose another --out, or remove this folder", code="another-upload"
+            what,
+            where=folder,
+            fix=f"choose another --out, or remove this folder and {_made_path(folder).name} beside it",
+            code="another-upload",
         )
+
+
+def is_note(path: Path) -> bool:
+    """Whether a file is what `note_made` writes beside an upload."""
+    return re.fullmatch(r"\..+\.made\.json", path.name) is not None and path.is_file()
 
 
 def _made_path(folder: Path) -> Path:

@@ -14,7 +14,7 @@ from deepfusion.models.adapters import check_mergeable
 from deepfusion.models.checkpoints import ADAPTER_CONFIG
 from deepfusion.models.presets import resolve
 from deepfusion.names import device_ids
-from deepfusion.uploads.card import CARD
+from deepfusion.uploads.card import CARD, is_note
 
 _MODEL = (CARD, "config.json", ADAPTER_CONFIG)
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
@@ -60,6 +60,8 @@ def survey(given: Path, late: Path | None = None) -> Survey:
     left_out = []
     for root in roots:
         for entry in _entries(root):
+            if is_note(entry):
+                continue
             if not entry.is_dir():
                 left_out.append(f"{entry.name} (not a folder)")
             elif folders := _models_in(entry):
