@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import signal
 import threading
@@ -65,7 +66,8 @@ def _shared_pool(workers: int) -> ProcessPoolExecutor:
     if _pool is not None and _pool_workers != workers:
         close_pool()
     if _pool is None:
-        start = partial(_start_worker, list(warnings.filters))
+        quiet = logging.lastResort.level if logging.lastResort is not None else logging.WARNING
+        start = partial(_start_worker, list(warnings.filters), quiet)
         _pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start)
         _pool_workers = workers
         atexit.register(close_pool)
@@ -82,8 +84,10 @@ def _uninterrupted() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(filters: list[Any]) -> None:
+def _start_worker(filters: list[Any], quiet: int) -> None:
     warnings.filters[:] = filters  # type: ignore[index]  # as in the process that started this one
+    if logging.lastResort is not None:
+        logging.lastResort.setLevel(quiet)
     torch.set_num_threads(1)
     parent = parent_process()
     assert parent is not None

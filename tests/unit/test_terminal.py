@@ -469,3 +469,12 @@ def test_only_the_command_line_silences_warnings() -> None:
         if re.search(r"filterwarnings|simplefilter", path.read_text("utf-8"))
     ]
     assert silencing == [root / "cli" / "terminal.py"]
+
+
+def test_what_libraries_log_stays_off_the_terminal() -> None:
+    code = (
+        "from deepfusion.cli import terminal; terminal.prepare(); import logging; log = logging.getLogger('a.library');"
+        "log.warning('install something'); log.error('broken')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "broken\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import logging
 import os
 import re
 import signal
@@ -52,6 +53,8 @@ def prepare() -> None:
         # Of the libraries below us: nothing that a user could act on.
         for category in (DeprecationWarning, FutureWarning, UserWarning):
             warnings.filterwarnings("ignore", category=category, module=r"(?!deepfusion)")
+        if logging.lastResort is not None:  # prints what no handler was set up for
+            logging.lastResort.setLevel(logging.ERROR)
     typer.main.TyperArgument = _Argument  # type: ignore[misc]
 
 

@@ -105,13 +105,13 @@ def train_alone(
     upload = claim_upload(
         upload, [data, *local_files([str(data)]), *(folder for folder in types if folder.is_dir())]
     )
-    windows = load_source(str(data))
-    say_cut(windows, config.data.max_chars)
-    if len(windows) < 2:
+    documents = load_source(str(data))
+    say_cut(documents, config.data.max_chars)
+    if len(documents) < 2:
         raise InputError("one document is not enough: one is held out", where=data, code="too-few-documents")
     if type is None:
-        type = config.device.types[0] if memory is None else _largest(config, memory, windows)
-    order = shuffled(windows, config.seed, "held_out")
+        type = config.device.types[0] if memory is None else _largest(config, memory, documents)
+    order = shuffled(documents, config.seed, "held_out")
     count = max(1, len(order) // 10)
     device = DeviceSpec(id=name, type=type, method=None, data=None, memory=memory)
     key = _request(config, data, device)
@@ -154,10 +154,10 @@ def _request(config: Config, data: Path, device: DeviceSpec) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _largest(config: Config, memory: str, windows: list[Document]) -> str:
+def _largest(config: Config, memory: str, documents: list[Document]) -> str:
     plan = plan_training(
         parse_memory(memory), config.device.types, (config.device.method,), config.device.batch_size,
-        min(max(len(d.text) for d in windows), config.data.max_chars), config.precision,
+        min(max(len(d.text) for d in documents), config.data.max_chars), config.precision,
         config.device.lora_rank,
     )  # fmt: skip
     if plan["chosen"] is None:
