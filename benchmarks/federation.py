@@ -24,7 +24,8 @@ import psutil
 from deepfusion.config import DeviceSpec, load_config
 from deepfusion.federation import identity
 from deepfusion.federation.server.home import Home
-from deepfusion.uploads.card import Card, write_card
+from deepfusion.records import Card
+from deepfusion.uploads.card import write_card
 
 SIMULATED, REAL = 128, 8
 UPLOAD_BYTES = 2**20

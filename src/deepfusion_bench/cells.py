@@ -26,6 +26,7 @@ from deepfusion.jobs import default_workers, run_jobs
 from deepfusion.models.architecture import read_config
 from deepfusion.models.loading import resolve_precision
 from deepfusion.models.presets import base_checkpoint
+from deepfusion.records import Transport
 from deepfusion.stages.evaluate import capped, measure
 from deepfusion.text.splits import make_splits
 from deepfusion_bench.methods import METHODS, Task
@@ -256,7 +257,7 @@ def _measured(cell: Cell, uploads: Path, out: Path) -> dict[str, Any]:
             text: measure(
                 f"{name}, {text} text", out / "measured" / f"{place}-{text}.json", folder, documents, **common,
                 precision=config.precision, routers=False, choices=text == "test" and config.evaluate.choices,
-            )["metrics"]
+            ).metrics.model_dump()
             for text, documents in texts.items()
         }
         for place, (name, folder) in enumerate(made.models.items())
@@ -321,5 +322,5 @@ def _work(run: Path, stage: str) -> dict[str, float]:
 
 
 def _transport(uploads: Path) -> dict[str, int]:
-    found = json.loads((uploads / "transport.json").read_text("utf-8"))
-    return {key: found[key] for key in TRANSPORT}
+    found = Transport.read(uploads / "transport.json")
+    return {"total_up_bytes": found.total_up_bytes, "total_down_bytes": found.total_down_bytes}

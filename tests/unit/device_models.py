@@ -19,7 +19,8 @@ from deepfusion.models.compact import open_base, write_delta
 from deepfusion.models.loading import load_model
 from deepfusion.models.presets import LORA_TARGETS, base_digest
 from deepfusion.models.signature import type_signature
-from deepfusion.uploads.card import Card, write_card
+from deepfusion.records import Card, Cluster, Clusters, RegistryEntry, Similarity
+from deepfusion.uploads.card import write_card
 
 TEXT = ["the cat sat on the mat", "a dog ran over the hill and far away", "one two three four five six seven"]
 DIMENSIONS = {
@@ -63,27 +64,43 @@ def unit(seed: int, size: int = 8) -> list[float]:
     return (vector / np.linalg.norm(vector)).tolist()
 
 
+FACTS = {"base": "tiny-gpt2", "base_digest": "0" * 64, "method": "full", "embedding": unit(0), "encoder": "hashing",
+         "tokens": 100, "documents": 10, "loss_before": 5.0, "loss_after": 4.0, "steps": 3, "seed": 0,
+         "deepfusion_version": "0"}  # fmt: skip
+
+
 def card(folder: Path, device: str, **facts: object) -> Card:
-    digest = str(facts.get("base_digest", "0" * 64))
+    digest = str(facts.get("base_digest", FACTS["base_digest"]))
     values = {
         "device": device,
         "type": "tiny",
         "model_class": architecture(read_config(folder)).name,
         "signature": type_signature(folder, digest),
-        "base": "tiny-gpt2",
-        "base_digest": digest,
-        "method": "full",
-        "embedding": unit(0),
-        "encoder": "hashing",
-        "tokens": 100,
-        "documents": 10,
-        "loss_before": 5.0,
-        "loss_after": 4.0,
-        "steps": 3,
-        "seed": 0,
-        "deepfusion_version": "0",
     }
-    return Card.model_validate(values | facts)
+    return Card.model_validate(FACTS | values | facts)
+
+
+def entry(device: str, **facts: object) -> RegistryEntry:
+    """What the registry says of a sound upload."""
+    values = {"device": device, "type": "tiny", "model_class": "GPT2LMHeadModel", "signature": "5" * 64,
+              "bytes": 1000, "digest": "ab" * 32}  # fmt: skip
+    return RegistryEntry.model_validate(FACTS | values | facts)
+
+
+def grouped(*clusters: list[str], types: tuple[str, ...] = ()) -> Clusters:
+    """What the cluster stage says of devices in these groups; `types` names the model type of each group."""
+    devices = [device for group in clusters for device in group]
+    found = [
+        Cluster(id=k, type=types[k] if types else "tiny", signature="5" * 64, devices=group, tokens=100)
+        for k, group in enumerate(clusters)
+    ]
+    return Clusters(
+        experts=len(clusters),
+        types=[],
+        clusters=found,
+        assignment={device: cluster.id for cluster in found for device in cluster.devices},
+        similarity=Similarity(devices=devices, matrix=[[1.0] * len(devices)] * len(devices)),
+    )
 
 
 def save_upload(folder: Path, kind: str = "gpt2", seed: int = 0, **facts: object) -> Card:

@@ -26,7 +26,8 @@ from deepfusion.federation.device.connection import Connection
 from deepfusion.federation.offer import Offer, read_offer
 from deepfusion.federation.server.home import Home
 from deepfusion.federation.server.ledger import Ledger
-from deepfusion.uploads.card import Card, write_card
+from deepfusion.records import Card
+from deepfusion.uploads.card import write_card
 
 _HAND_IN = """
 import json, sys

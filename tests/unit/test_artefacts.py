@@ -9,26 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from device_models import save_checkpoint
+from device_models import entry as registered
+from device_models import grouped, save_checkpoint
 from rich.console import Console
 
 from conftest import overlay, run_settings
 from deepfusion import pipeline
 from deepfusion.config import parse_config
+from deepfusion.records import Comparison, Registry, RegistryEntry
 from deepfusion.report.artefacts import cell, write_final_card
 from deepfusion.report.page import render, summary_table
 from deepfusion.stages import distill
 
 
-def entry(device: str, tokens: int) -> dict[str, Any]:
-    return {
-        "device": device,
-        "tokens": tokens,
-        "documents": tokens // 10,
-        "digest": "ab" * 32,
-        "type": "gpt2",
-        "method": "full",
-    }
+def entry(device: str, tokens: int) -> RegistryEntry:
+    return registered(device, tokens=tokens, documents=tokens // 10, type="gpt2")
 
 
 def metrics(loss: float, tokens: tuple[int, int] = (900, 100)) -> dict[str, Any]:
@@ -53,13 +48,11 @@ def metrics(loss: float, tokens: tuple[int, int] = (900, 100)) -> dict[str, Any]
     return {**pooled, **counts, "mean_over_domains": {**means, "choice_accuracy": 0.25}, "by_domain": rows}
 
 
-def card(run: Path, registry: list[dict[str, Any]] | None, clusters: bool = True, **config: Any) -> str:
+def card(run: Path, registry: list[RegistryEntry] | None, **config: Any) -> str:
     run.mkdir(exist_ok=True)
     if registry is not None:
-        (run / "registry.json").write_text(json.dumps(registry))
-    if registry and clusters:
-        rows = [{"id": i, "type": one["type"], "devices": [one["device"]]} for i, one in enumerate(registry)]
-        (run / "clusters.json").write_text(json.dumps({"clusters": rows}))
+        Registry(registry).write(run / "registry.json")
+        grouped(*([one.device] for one in registry)).write(run / "clusters.json")
     write_final_card(parse_config(config), run, run)
     return (run / "README.md").read_text("utf-8")
 
@@ -116,7 +109,7 @@ def test_one_mean_everywhere(tmp_path: Path) -> None:
     evaluation = {
         "moe": metrics(3.0), "references": {"base": metrics(5.0), "no_distillation": None, "devices": None,
         "proxies": None},
-        "comparison": {"moe_minus_base": None}, "expert_use": None, "proxy_against_members": None,
+        "comparison": dict.fromkeys(Comparison.model_fields), "expert_use": None, "proxy_against_members": None,
     }  # fmt: skip
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
     text = card(tmp_path, [entry("a", 5), entry("b", 5)])

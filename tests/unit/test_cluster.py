@@ -1,23 +1,26 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from device_models import entry as registered
 from device_models import unit
 from hypothesis import given
 from hypothesis import strategies as st
 
 from deepfusion.config import parse_config
 from deepfusion.errors import InputError
+from deepfusion.records import Registry, RegistryEntry
 from deepfusion.stages import cluster
 
 
-def entry(device: str, embedding: list[float], type: str = "a", tokens: int = 100) -> dict[str, Any]:
-    return {"device": device, "embedding": embedding, "encoder": "hashing", "signature": f"signature of {type}",
-            "type": type, "tokens": tokens}  # fmt: skip
+def entry(device: str, embedding: list[float], type: str = "a", tokens: int = 100) -> RegistryEntry:
+    signature = hashlib.sha256(type.encode()).hexdigest()
+    return registered(device, embedding=embedding, signature=signature, type=type, tokens=tokens)
 
 
 def near(centre: int, number: int) -> list[float]:
@@ -27,8 +30,8 @@ def near(centre: int, number: int) -> list[float]:
     return (vector / np.linalg.norm(vector)).tolist()
 
 
-def run(folder: Path, entries: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
-    (folder / "registry.json").write_text(json.dumps(entries))
+def run(folder: Path, entries: list[RegistryEntry], **changes: Any) -> dict[str, Any]:
+    Registry(entries).write(folder / "registry.json")
     cluster.run(
         parse_config({"top_k": 1, "tune": {"steps": 0}, **changes}),
         {"registry": folder / "registry.json"},

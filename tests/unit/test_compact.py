@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from device_models import save_checkpoint, save_compact_upload, save_tokenizer
+from device_models import entry, save_checkpoint, save_compact_upload, save_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -30,6 +30,7 @@ from deepfusion.models.compact import (
     write_delta,
 )
 from deepfusion.models.loading import load_model
+from deepfusion.records import Registry
 from deepfusion.stages import evaluate
 from deepfusion.stages.device import train_device
 from deepfusion.text.rows import Document
@@ -214,9 +215,7 @@ def test_a_compact_upload_is_measured_as_the_model_that_it_stands_for(tmp_path: 
         [Document("", f"the cat ran over hill {number}", "animals") for number in range(8)],
         tmp_path / "test.jsonl",
     )
-    (tmp_path / "registry.json").write_text(
-        json.dumps([{"device": name, "type": "gpt2"} for name in ("d0", "d1")])
-    )
+    Registry([entry(name, type="gpt2") for name in ("d0", "d1")]).write(tmp_path / "registry.json")
     config = Config.model_validate(
         {"jobs": 1, "precision": "fp32", "data": {"test": str(tmp_path / "test.jsonl")}}
     )

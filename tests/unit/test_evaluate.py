@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from device_models import save_adapter_upload, save_checkpoint, save_tokenizer, save_upload
+from device_models import entry, grouped, save_adapter_upload, save_checkpoint, save_tokenizer, save_upload
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from deepfusion.config import Config, parse_config
 from deepfusion.jobs import close_pool
 from deepfusion.learning.metrics import evaluate_model
 from deepfusion.models.loading import load_model, load_tokenizer
+from deepfusion.records import Registry
 from deepfusion.stages.evaluate import run
 from deepfusion.text.rows import Document
 from deepfusion.text.sources import write_jsonl
@@ -62,12 +63,10 @@ def inputs(tmp_path: Path) -> dict[str, Path]:
     for seed, name in enumerate(("moe", "control", "base")):
         _save_moe(run_folder / name, seed)
     types = ["gpt2", "gpt2", "llama", "llama"]
-    registry = [{"device": device, "type": kind} for device, kind in zip(DEVICES, types, strict=True)]
-    clusters = [
-        {"id": i, "type": types[2 * i], "devices": list(DEVICES[2 * i : 2 * i + 2])} for i in range(2)
-    ]
-    (run_folder / "registry.json").write_text(json.dumps(registry))
-    (run_folder / "clusters.json").write_text(json.dumps({"clusters": clusters}))
+    registry = Registry([entry(device, type=kind) for device, kind in zip(DEVICES, types, strict=True)])
+    registry.write(run_folder / "registry.json")
+    clusters = grouped(list(DEVICES[:2]), list(DEVICES[2:]), types=("gpt2", "llama"))
+    clusters.write(run_folder / "clusters.json")
     paths = {name: run_folder / name for name in ("moe", "control", "base", "uploads", "proxies")}
     return paths | {"registry": run_folder / "registry.json", "clusters": run_folder / "clusters.json"}
 
@@ -147,7 +146,7 @@ def test_adapter_is_measured_on_the_base_of_its_card(
     shutil.rmtree(inputs["uploads"] / "d03")
     meant = save_adapter_upload(inputs["uploads"] / "d03", base, seed=4)
     only = {"registry": tmp_path / "one.json", "uploads": inputs["uploads"]}
-    only["registry"].write_text(json.dumps([{"device": "d03", "type": "llama"}]))
+    Registry([entry("d03", type="llama")]).write(only["registry"])
     config = _config(files)
     found = _evaluation(config, only, tmp_path / "out")["references"]["devices"]["numbers"]
     test = [document for document in make_splits(config).test if document.domain == "numbers"]
@@ -225,13 +224,7 @@ def test_the_log_calls_devices_by_their_ids(
     """Where devices were set aside a place in the registry is no id; a device is named with its own domain."""
     registry = json.loads(inputs["registry"].read_text())
     inputs["registry"].write_text(json.dumps([registry[3], registry[1]]))
-    clusters = {
-        "clusters": [
-            {"id": 0, "type": "gpt2", "devices": ["d01"]},
-            {"id": 1, "type": "llama", "devices": ["d03"]},
-        ]
-    }
-    inputs["clusters"].write_text(json.dumps(clusters))
+    grouped(["d01"], ["d03"], types=("gpt2", "llama")).write(inputs["clusters"])
     run(_config(files), inputs, tmp_path / "out")
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[evaluate device ")]
     assert sorted((line.split("]")[0], line.rpartition(" on ")[2]) for line in lines) == [
@@ -247,7 +240,7 @@ def test_an_id_may_be_as_long_as_a_file_name(
     name = "模" * 63
     shutil.move(inputs["uploads"] / "d00", inputs["uploads"] / name)
     only = {"registry": tmp_path / "one.json", "uploads": inputs["uploads"]}
-    only["registry"].write_text(json.dumps([{"device": name, "type": "gpt2"}]))
+    Registry([entry(name, type="gpt2")]).write(only["registry"])
     found = _evaluation(_config(files), only, tmp_path / "out")["references"]["devices"]
     assert {row["device"] for row in found.values()} == {name}
 

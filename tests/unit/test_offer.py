@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from deepfusion.digests import sha256_file
 from deepfusion.errors import InputError
 from deepfusion.federation.offer import Offer, OfferedFile, check_offer, parse_offer, read_offer
-from deepfusion.uploads.card import CARD, MAX_CARD_BYTES, MAX_JSON_BYTES, Card, write_card
+from deepfusion.records import Card
+from deepfusion.uploads.card import CARD, MAX_CARD_BYTES, MAX_JSON_BYTES, write_card
 
 FILES = {"config.json": b"{}", "model.safetensors": b"weights", "tokenizer.json": b'{"version": "1.0"}'}
 

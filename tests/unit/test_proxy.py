@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from device_models import (
+    entry,
+    grouped,
     make_model,
     save_adapter_upload,
     save_checkpoint,
@@ -30,10 +32,7 @@ def run(root: Path, clusters: list[list[str]], types: list[str], average: str = 
     """Register the uploads below `root` and average the given clusters; the folder of the proxies."""
     config = parse_config({"device": {"types": types}, "clustering": {"average": average}})
     registry.run(config, {"uploads": root / "uploads"}, root)
-    listed = [
-        {"id": k, "devices": names, "type": "tiny", "signature": "s"} for k, names in enumerate(clusters)
-    ]
-    (root / "clusters.json").write_text(json.dumps({"clusters": listed}))
+    grouped(*clusters).write(root / "clusters.json")
     inputs = {
         "uploads": root / "uploads",
         "registry": root / "registry.json",
@@ -96,7 +95,7 @@ def test_equal_members_average_to_themselves_bit_by_bit(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         model.to(torch.bfloat16).save_pretrained(uploads / name)
         save_tokenizer(uploads / name)
-    entries = [{"device": name} for name in ("a", "b", "c")]
+    entries = [entry(name) for name in ("a", "b", "c")]
     proxy.average([uploads / name for name in ("a", "b", "c")], entries, [3.0, 1.0, 0.7], tmp_path / "mean")
     mean, member = (load_file(path / "model.safetensors") for path in (tmp_path / "mean", uploads / "a"))
     assert all(torch.equal(mean[name], member[name]) for name in member)
@@ -115,7 +114,7 @@ def test_means_of_bf16_are_taken_in_fp32(tmp_path: Path) -> None:
         model.save_pretrained(folder)
         save_tokenizer(folder)
         folders.append(folder)
-    proxy.average(folders, [{"device": folder.name} for folder in folders], [1.0] * 4, tmp_path / "mean")
+    proxy.average(folders, [entry(folder.name) for folder in folders], [1.0] * 4, tmp_path / "mean")
     mean = load_file(tmp_path / "mean" / "model.safetensors")["transformer.ln_f.weight"]
     assert torch.equal(mean, torch.full_like(mean, sum(values) / 4))
 
@@ -200,9 +199,9 @@ def test_an_upload_on_another_base_is_refused(save: Callable[[Path, Path], objec
     base = tmp_path / "base"
     save_checkpoint(base)
     save(tmp_path / "d0", base)
-    entry = {"device": "d0", "base": str(base), "base_digest": "0" * 64}
+    other = entry("d0", base=str(base), base_digest="0" * 64)
     with pytest.raises(InputError, match="base-differs"):
-        proxy.average([tmp_path / "d0"], [entry], [1.0], tmp_path / "mean")
+        proxy.average([tmp_path / "d0"], [other], [1.0], tmp_path / "mean")
 
 
 def test_an_interrupted_stage_keeps_the_proxies_it_has(tmp_path: Path) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from device_models import entry, grouped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
 from deepfusion import progress
 from deepfusion.config import parse_config, save_config
+from deepfusion.records import Evaluation, Problem, Registry, Rejected
 from deepfusion.report.charts import grouped_bars, heat_map, line_chart
 from deepfusion.report.page import compared, render, summary_table
 from deepfusion.stages import report
@@ -98,33 +100,17 @@ def _write(path: Path, values: Any) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A run folder with every artefact the report reads."""
-    devices = [f"d{i:02d}" for i in range(7)] + [HOSTILE]
+    """A run folder with every artefact the report reads; all text of strangers in it is hostile."""
+    devices = [f"d{i:02d}" for i in range(8)]
     run = tmp_path / "a-run"
     run.mkdir()
     _write(run / "evaluation.json", _evaluation(devices))
-    entry = {
-        "type": "tiny-gpt2",
-        "method": "full",
-        "documents": 210,
-        "tokens": 18_200,
-        "loss_before": 5.1,
-        "loss_after": 3.4,
-    }
-    _write(run / "registry.json", [{"device": device, **entry, "bytes": 3_412_000} for device in devices])
-    _write(
-        run / "rejected.json",
-        {"d99": [{"code": "digest", "message": "sha256 differs", "file": "model.safetensors"}]},
-    )
-    clusters = [
-        {"id": i, "type": "tiny-gpt2", "signature": "s", "devices": devices[i::4], "tokens": 36_400}
-        for i in range(4)
-    ]
-    matrix = [[1.0 if i == j else 0.9 - abs(i % 4 - j % 4) / 4 for j in range(8)] for i in range(8)]
-    _write(
-        run / "clusters.json",
-        {"experts": 4, "clusters": clusters, "similarity": {"devices": devices, "matrix": matrix}},
-    )
+    facts = {"documents": 210, "tokens": 18_200, "loss_before": 5.1, "loss_after": 3.4, "bytes": 3_412_000}
+    Registry([entry(device, type=HOSTILE, **facts) for device in devices]).write(run / "registry.json")
+    Rejected(
+        {HOSTILE: [Problem("digest", "sha256 differs", "model.safetensors"), Problem("x", HOSTILE, HOSTILE)]}
+    ).write(run / "rejected.json")
+    grouped(*(devices[i::4] for i in range(4)), types=(HOSTILE,) * 4).write(run / "clusters.json")
     _write(
         run / "manifest.json",
         {
@@ -155,7 +141,11 @@ def folder(tmp_path: Path) -> Path:
     save_config(parse_config({"seed": 3}), run / "config.yaml")
     before = progress.attached()
     progress.attach(run)
-    for stage, units in (("device", devices), ("distill", ["trunk", "0", "1", "2", "3"]), ("tune", ["moe"])):
+    for stage, units in (
+        ("device", [*devices[:7], HOSTILE]),
+        ("distill", ["trunk", "0", "1", "2", "3"]),
+        ("tune", ["moe"]),
+    ):
         for unit in units:
             for step in range(10, 310, 10):
                 noise = 0.05 * math.sin(step + ord(unit[-1]))
@@ -224,7 +214,7 @@ def test_page_asks_for_nothing_outside_itself(folder: Path) -> None:
 def test_names_from_uploads_are_escaped(folder: Path) -> None:
     html = render(folder)
     page = _Page(html)
-    assert HOSTILE in page.text
+    assert page.text.count(HOSTILE) >= len(DOMAINS) + 8 + 3  # of clusters, of devices, of what was set aside
     assert "<script" not in html
 
 
@@ -268,7 +258,7 @@ def test_evaluation_with_absent_sections(folder: Path) -> None:
 
 
 def test_models_with_other_tokenizers_stand_in_comparable_metrics_only(folder: Path) -> None:
-    models = compared(json.loads((folder / "evaluation.json").read_text()))
+    models = compared(Evaluation.read(folder / "evaluation.json"))
     names = [model.name for model in models]
     assert names[0] == "DeepFusion MoE"
     assert len(names) == 5

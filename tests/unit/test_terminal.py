@@ -27,6 +27,7 @@ from deepfusion.cli import main, terminal
 from deepfusion.cli.app import app
 from deepfusion.config import Config, load_config
 from deepfusion.errors import InputError
+from deepfusion.records import Comparison
 
 ABSURD = ("-1", "0", str(10**12), "nan", "inf", "-inf", "1e400", "")
 
@@ -252,16 +253,24 @@ LETTERS = "é – 模型 😀 → naïve"
 def run_folder(tmp_path: Path) -> Path:
     run = tmp_path / "läuft–😀"
     run.mkdir()
-    row = {"log_perplexity": 2.0, "bits_per_byte": 1.0, "token_accuracy": 0.2, "choice_accuracy": None}
+    row = {
+        "log_perplexity": 2.0,
+        "perplexity": 7.4,
+        "bits_per_byte": 1.0,
+        "token_accuracy": 0.2,
+        "choice_accuracy": None,
+    }
     counts = {"tokens": 5, "examples": 2}
     moe = {**row, **counts, "mean_over_domains": row, "by_domain": {LETTERS: {**row, **counts}}}
     references = {
         "base": None,
         "no_distillation": None,
         "proxies": None,
-        "devices": {LETTERS: {**row, "device": "d", "type": "t"}},
+        "devices": {LETTERS: {**row, **counts, "device": "d", "type": "t"}},
     }
-    (run / "evaluation.json").write_text(json.dumps({"moe": moe, "references": references, "comparison": {}}))
+    nothing = {"proxy_against_members": None, "expert_use": None}
+    evaluation = {"moe": moe, "references": references, "comparison": dict.fromkeys(Comparison.model_fields)}
+    (run / "evaluation.json").write_text(json.dumps(evaluation | nothing))
     (run / "manifest.json").write_text(
         json.dumps({"stages": {"device": {"status": "done", "seconds": 1, "peak_rss_bytes": 1}}})
     )

@@ -31,8 +31,9 @@ from deepfusion.federation.offer import check_offer, read_offer
 from deepfusion.models.compact import FORMAT, open_base, write_delta
 from deepfusion.models.loading import load_model
 from deepfusion.models.signature import type_signature
+from deepfusion.records import Card
 from deepfusion.uploads.adopt import adopt_checkpoint
-from deepfusion.uploads.card import CARD, Card, read_card, weights_digest, write_card
+from deepfusion.uploads.card import CARD, read_card, weights_digest, write_card
 from deepfusion.uploads.check import check_upload
 
 LIMIT = 10**8

@@ -12,6 +12,7 @@ import typer
 
 from deepfusion.cli import terminal
 from deepfusion.errors import InputError
+from deepfusion.records import Evaluation
 
 ConfigFile = Annotated[Path | None, typer.Argument(help="YAML config; default: the quickstart")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, may be repeated")]
@@ -40,7 +41,8 @@ def print_outcome(run: Path, json_: bool) -> None:
     evaluation = run / "evaluation.json"
     final, page = run / "moe" / "final", run / "report" / "index.html"
     if json_:
-        done = json.loads(evaluation.read_text("utf-8")) if evaluation.is_file() else None
+        found = Evaluation.find(evaluation)
+        done = found and found.model_dump()
         return print_json(
             {"run": str(run), "checkpoint": str(final), "report": str(page), "evaluation": done}
         )

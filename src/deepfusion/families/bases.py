@@ -4,7 +4,6 @@ experts.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from deepfusion.models import formats
 from deepfusion.models.architecture import parameter_total, read_config
 from deepfusion.models.checkpoints import TensorReader
 from deepfusion.models.presets import PRESETS, base_checkpoint, is_hub_name, model_config, resolve
+from deepfusion.records import Registry, Rejected
 from deepfusion.uploads.intake import Survey
 
 MOST_EXPERTS = 8
@@ -103,28 +103,22 @@ def settled(asked: Config, run: Path, found: Survey | None) -> tuple[Config, lis
     Raises:
         InputError: too few sound models, or a base that is too small for them.
     """
-    entries = json.loads((run / "registry.json").read_text("utf-8"))
-    aside = json.loads((run / "rejected.json").read_text("utf-8"))
+    entries = Registry.read(run / "registry.json").root
+    aside = Rejected.read(run / "rejected.json").root
     own = {model.id for model in found.models if model.kind != "upload"} if found is not None else set()
     kinds: dict[str, tuple[PretrainedConfig, int]] = {}
     teachers = []
     for entry in entries:
-        folder = run / "uploads" / entry["device"]
-        if entry["signature"] not in kinds:
+        folder = run / "uploads" / entry.device
+        if entry.signature not in kinds:
             known = read_config(folder)
-            kinds[entry["signature"]] = known, parameter_total(known)
-        teachers.append(
-            Teacher(
-                entry["device"],
-                entry["type"],
-                *kinds[entry["signature"]],
-                folder if entry["device"] in own else None,
-            )
-        )
+            kinds[entry.signature] = known, parameter_total(known)
+        place = folder if entry.device in own else None
+        teachers.append(Teacher(entry.device, entry.type, *kinds[entry.signature], place))
     named = found is None or "experts" in asked.model_fields_set
     if named and len(entries) < asked.experts and aside:
         reasons = "; ".join(
-            f"{name}: {problems[0]['message']} [{problems[0]['code']}]" for name, problems in aside.items()
+            f"{name}: {problems[0].message} [{problems[0].code}]" for name, problems in aside.items()
         )
         raise InputError(
             f"{len(entries)} sound models are fewer than experts={asked.experts}; set aside: "

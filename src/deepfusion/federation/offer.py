@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deepfusion.digests import sha256_file
 from deepfusion.errors import InputError
-from deepfusion.uploads.card import CARD, FILE_NAMES, MAX_CARD_BYTES, MAX_JSON_BYTES, Card, read_card
+from deepfusion.records import Card
+from deepfusion.uploads.card import CARD, FILE_NAMES, MAX_CARD_BYTES, MAX_JSON_BYTES, read_card
 
 
 class OfferedFile(BaseModel):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from deepfusion import progress
 from deepfusion.config import Config
@@ -21,6 +22,7 @@ from deepfusion.folders import write_whole
 from deepfusion.jobs import run_jobs
 from deepfusion.learning.metrics import bits_per_byte_of_each
 from deepfusion.models.loading import context_limit, load_model, load_tokenizer
+from deepfusion.records import REDO, CorpusRow, invalid
 from deepfusion.text.overlap import overlap
 from deepfusion.text.rows import Document, from_row, to_row
 from deepfusion.text.splits import Splits
@@ -114,22 +116,25 @@ def reading_periods(windows: list[Window], sampled_share: float) -> list[int]:
 
 
 def write_corpus(windows: list[Window], path: Path) -> None:
-    """JSONL, one document a line: the data format of the project plus `teacher` and `source`."""
-    rows = [
-        {key: value for key, value in to_row(d.document).items() if key not in ("options", "answer")}
-        | {"teacher": d.teacher, "source": d.source}
-        for d in windows
-    ]
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """JSONL, one window a line: the data format of the project, without options, plus `teacher` and `source`."""
+    rows = (CorpusRow(**to_row(d.document), teacher=d.teacher, source=d.source) for d in windows)
+    write_whole(path, "".join(row.model_dump_json(exclude_none=True) + "\n" for row in rows))
 
 
 def read_corpus(path: Path) -> list[Window]:
-    """What `write_corpus` wrote."""
+    """What `write_corpus` wrote.
+
+    Raises:
+        InputError: a line that is no such row (`record-invalid`).
+    """
     windows = []
-    for line in path.read_text("utf-8").split("\n"):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if line:
-            row = json.loads(line)
-            windows.append(Window(from_row(row), row["source"], row["teacher"]))
+            try:
+                row = CorpusRow.model_validate_json(line)
+            except ValidationError as error:
+                raise invalid(error, f"{path}:{number}", code="record-invalid", fix=REDO) from None
+            windows.append(Window(from_row(row.model_dump(exclude_none=True)), row.source, row.teacher))
     return windows
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from deepfusion import __version__
 from deepfusion.config import Config
+from deepfusion.records import Cluster, Clusters, Evaluation, Registry, RegistryEntry, Traffic, Transport
 
 
 def write_model_card(folder: Path, title: str, text: str, facts: Mapping[str, object]) -> None:
@@ -45,18 +45,12 @@ def write_transport(uploads: Path, path: Path) -> None:
     The public checkpoint that a device starts from is not counted: it comes from a public source, whatever happens
     to the run.
     """
-    devices = {
-        folder.name: {
-            "up_bytes": sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir()),
-            "down_bytes": 0,
-        }
+    sizes = {
+        folder.name: sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir())
         for folder in sorted(uploads.iterdir())
         if folder.is_dir()
     }
-    total = sum(moved["up_bytes"] for moved in devices.values())
-    path.write_text(
-        json.dumps({"devices": devices, "total_up_bytes": total, "total_down_bytes": 0}, indent=1), "utf-8"
-    )
+    Transport.of({name: Traffic(up_bytes=size, down_bytes=0) for name, size in sizes.items()}).write(path)
 
 
 def write_final_card(config: Config, run: Path, folder: Path) -> None:
@@ -66,11 +60,11 @@ def write_final_card(config: Config, run: Path, folder: Path) -> None:
         run: the run folder that tells of uploads, clusters and evaluation; what is not there yet is left out.
         folder: the checkpoint that gets the card.
     """
-    registry = {entry["device"]: entry for entry in _read(run / "registry.json", [])}
-    clusters = _read(run / "clusters.json", {}).get("clusters", [])
-    evaluation = _read(run / "evaluation.json", {})
-    model = _read(folder / "config.json", {})
-    uploads = [entry for entry in registry.values() if entry["tokens"]]
+    accepted, grouped = Registry.find(run / "registry.json"), Clusters.find(run / "clusters.json")
+    registry, clusters = accepted.by_device if accepted else {}, grouped.clusters if grouped else []
+    model = folder / "config.json"
+    known = json.loads(model.read_text("utf-8")) if model.is_file() else {}
+    uploads = [entry for entry in registry.values() if entry.tokens]
     tags = [
         "mixture-of-experts",
         "deepfusion",
@@ -91,8 +85,8 @@ def write_final_card(config: Config, run: Path, folder: Path) -> None:
         'tokenizer = AutoTokenizer.from_pretrained("this folder")\n```',
         _lineage(clusters, registry),
         f"Base: `{cell(_base_name(config.distill.base))}`. {_texts(config)} "
-        f"Architecture: {', '.join(model.get('architectures', [config.family]))}.",
-        _metrics(evaluation),
+        f"Architecture: {', '.join(known.get('architectures', [config.family]))}.",
+        _metrics(Evaluation.find(run / "evaluation.json")),
         f"{_privacy(config, bool(uploads))} Not for clinical or financial decisions.",
     ]
     (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n", "utf-8")
@@ -143,25 +137,26 @@ def _base_name(base: str | None) -> str:
     return "the tiny base of the family" if base is None else Path(base).name if Path(base).exists() else base
 
 
-def _lineage(clusters: list[dict[str, Any]], registry: dict[str, dict[str, Any]]) -> str:
+def _lineage(clusters: list[Cluster], registry: dict[str, RegistryEntry]) -> str:
     rows = [
-        f"| {cluster['id']} | {cell(cluster['type'])} | {cell(device)} | {counted(registry[device]['tokens'])} | "
-        f"`{registry[device]['digest'][:16]}` |"
+        f"| {cluster.id} | {cell(cluster.type)} | {cell(device)} | {counted(registry[device].tokens)} | "
+        f"`{registry[device].digest[:16]}` |"
         for cluster in clusters
-        for device in cluster["devices"]
+        for device in cluster.devices
         if device in registry
     ]
     header = "## Lineage\n\n| proxy | type | model of | private tokens | digest |\n|---|---|---|---|---|\n"
     return header + "\n".join(rows) if rows else ""
 
 
-def _metrics(evaluation: dict[str, Any]) -> str:
+def _metrics(evaluation: Evaluation | None) -> str:
     """Means over the domains, as everywhere; those over all tokens stand in evaluation.json."""
-    references = evaluation.get("references") or {}
+    if evaluation is None or evaluation.moe is None:
+        return ""
     names = {
-        "this model": evaluation.get("moe"),
-        "no distillation": references.get("no_distillation"),
-        "public base": references.get("base"),
+        "this model": evaluation.moe,
+        "no distillation": evaluation.references.no_distillation,
+        "public base": evaluation.references.base,
     }
     forms = {
         "log_perplexity": ".3f",
@@ -172,21 +167,13 @@ def _metrics(evaluation: dict[str, Any]) -> str:
     rows = []
     for name, found in names.items():
         if found:
-            known = {
-                key: [row[key] for row in found["by_domain"].values() if row.get(key) is not None]
-                for key in forms
-            }
+            values = [scores.model_dump(exclude_none=True) for scores in found.by_domain.values()]
+            known = {key: [row[key] for row in values if key in row] for key in forms}
             shown = [format(sum(v) / len(v), forms[key]) if v else "-" for key, v in known.items()]
             rows.append(f"| {name} | {' | '.join(shown)} |")
-    if not rows:
-        return ""
-    domains = ", ".join(cell(domain) for domain in evaluation["moe"]["by_domain"])
+    domains = ", ".join(cell(domain) for domain in evaluation.moe.by_domain)
     header = (
         "| model | log-perplexity (nats/token) | bits per byte | token accuracy | choice "
         "accuracy |\n|---|---|---|---|---|\n"
     )
     return f"## Held-out text\n\nMean over the domains {domains}.\n\n{header}" + "\n".join(rows)
-
-
-def _read(path: Path, missing: Any) -> Any:
-    return json.loads(path.read_text("utf-8")) if path.is_file() else missing

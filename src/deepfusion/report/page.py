@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from jinja2 import Environment, PackageLoader
@@ -15,10 +16,23 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from deepfusion.errors import InputError
+from deepfusion.records import (
+    Clusters,
+    Evaluation,
+    Registry,
+    RegistryEntry,
+    Rejected,
+    Scores,
+    Stored,
+    Traffic,
+    Transport,
+)
 from deepfusion.report.artefacts import counted
 from deepfusion.report.charts import grouped_bars, heat_map, line_chart
 
 Json = dict[str, Any]
+Found = TypeVar("Found", bound=Stored)
 
 METRICS = {
     "bits_per_byte": (
@@ -56,7 +70,7 @@ class Model:
     """One line of the comparison: metrics by domain, and whether its tokens are those of the MoE."""
 
     name: str
-    by_domain: dict[str, Json]
+    by_domain: Mapping[str, Scores]
     same_tokenizer: bool
     who: dict[str, str]  # domain -> the device or proxy measured there
 
@@ -64,7 +78,7 @@ class Model:
         """The metric on a domain; None where it was not measured or does not compare."""
         if not self.same_tokenizer and metric not in COMPARABLE:
             return None
-        return self.by_domain.get(domain, {}).get(metric)
+        return getattr(self.by_domain.get(domain), metric, None)
 
     def mean(self, metric: str, domains: list[str]) -> float | None:
         """Plain mean over the domains; None unless all of them are there."""
@@ -90,8 +104,12 @@ def render(folder: Path) -> str:
         loader=PackageLoader("deepfusion", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"size": _size, "duration": _duration, "signed": _signed, "counted": counted}
-    evaluation, manifest = _read(folder / "evaluation.json"), _read(folder / "manifest.json")
-    registry, clusters = _read(folder / "registry.json"), _read(folder / "clusters.json")
+    evaluation, manifest = _find(Evaluation, folder / "evaluation.json"), _read(folder / "manifest.json")
+    registry, clusters = _find(Registry, folder / "registry.json"), _find(Clusters, folder / "clusters.json")
+    transport, rejected = (
+        _find(Transport, folder / "transport.json"),
+        _find(Rejected, folder / "rejected.json"),
+    )
     models = compared(evaluation)
     return environment.get_template("report.html.j2").render(
         name=folder.resolve().name,
@@ -103,9 +121,9 @@ def render(folder: Path) -> str:
         bars=_bars(models),
         clusters=clusters,
         similarity=_similarity(clusters),
-        devices=_devices(registry, clusters, _read(folder / "transport.json")),
-        transport=_read(folder / "transport.json"),
-        rejected=_read(folder / "rejected.json"),
+        devices=_devices(registry, clusters, transport),
+        transport=transport,
+        rejected=rejected and rejected.root,
         curves=_curves(folder / "metrics.jsonl"),
         expert_use=_expert_use(evaluation),
         manifest=manifest,
@@ -119,7 +137,7 @@ def summary_table(folder: Path) -> Table | str:
 
     Means: bits per byte, nats per token, token accuracy and multiple-choice accuracy.
     """
-    models = compared(_read(folder / "evaluation.json"))
+    models = compared(_find(Evaluation, folder / "evaluation.json"))
     if not models:
         return "not evaluated: no MoE yet, or no test documents (data.test)"
     domains = list(models[0].by_domain)
@@ -142,26 +160,26 @@ def summary_table(folder: Path) -> Table | str:
     return table
 
 
-def compared(evaluation: Json | None) -> list[Model]:
-    """The models that evaluation.json holds, the MoE first; empty without an MoE."""
-    if not evaluation or not evaluation.get("moe"):
+def compared(evaluation: Evaluation | None) -> list[Model]:
+    """The models that an evaluation holds, the MoE first; empty without an MoE."""
+    if evaluation is None or evaluation.moe is None:
         return []
-    references = evaluation.get("references") or {}
-    models = [Model("DeepFusion MoE", evaluation["moe"]["by_domain"], True, {})]
-    for key, name in (("no_distillation", "No distillation"), ("base", "Untouched base")):
-        if references.get(key):
-            models.append(Model(name, references[key]["by_domain"], True, {}))
-    if devices := references.get("devices"):
-        who = {domain: f"{values['device']} ({values['type']})" for domain, values in devices.items()}
+    references = evaluation.references
+    models = [Model("DeepFusion MoE", evaluation.moe.by_domain, True, {})]
+    for name, found in (("No distillation", references.no_distillation), ("Untouched base", references.base)):
+        if found:
+            models.append(Model(name, found.by_domain, True, {}))
+    if devices := references.devices:
+        who = {domain: f"{best.device} ({best.type})" for domain, best in devices.items()}
         models.append(Model("Best device", devices, False, who))
-    if proxies := references.get("proxies"):
-        best: dict[str, Json] = {}
+    if proxies := references.proxies:
+        own: dict[str, Scores] = {}
         who = {}
         for number, proxy in proxies.items():
-            domain, values = proxy["domain"], proxy["by_domain"][proxy["domain"]]
-            if domain not in best or values["bits_per_byte"] < best[domain]["bits_per_byte"]:
-                best[domain], who[domain] = values, f"cluster {number} ({proxy['type']})"
-        models.append(Model("Best proxy", best, False, who))
+            domain, scores = proxy.domain, proxy.by_domain[proxy.domain]
+            if domain not in own or scores.bits_per_byte < own[domain].bits_per_byte:
+                own[domain], who[domain] = scores, f"cluster {number} ({proxy.type})"
+        models.append(Model("Best proxy", own, False, who))
     return models
 
 
@@ -213,16 +231,16 @@ def _bars(models: list[Model]) -> Markup | None:
     return grouped_bars(domains, series, "Bits per byte by domain (lower is better)", ".3f")
 
 
-def _similarity(clusters: Json | None) -> Markup | None:
+def _similarity(clusters: Clusters | None) -> Markup | None:
     """Cosines of the devices' embeddings [DF eq. 6], devices ordered by cluster."""
-    if not clusters or not clusters.get("similarity"):
+    if clusters is None:
         return None
-    names, matrix = clusters["similarity"]["devices"], clusters["similarity"]["matrix"]
+    names, matrix = clusters.similarity.devices, clusters.similarity.matrix
     order: list[int] = []
     breaks: list[int] = []
-    for cluster in clusters["clusters"]:
+    for cluster in clusters.clusters:
         breaks.append(len(order))
-        order += [names.index(device) for device in cluster["devices"] if device in names]
+        order += [names.index(device) for device in cluster.devices if device in names]
     if not order:
         return None
     ordered, labels = [[matrix[i][j] for j in order] for i in order], [names[i] for i in order]
@@ -231,21 +249,14 @@ def _similarity(clusters: Json | None) -> Markup | None:
     )
 
 
-def _devices(registry: Any, clusters: Json | None, transport: Json | None) -> list[Json]:
-    """One row per accepted device: what it is, where it was put, what it moved."""
-    placed = {
-        device: cluster["id"]
-        for cluster in (clusters or {}).get("clusters", [])
-        for device in cluster["devices"]
-    }
-    moved = (transport or {}).get("devices", {})
-    keys = ("device", "type", "method", "documents", "tokens", "loss_before", "loss_after", "bytes")
-    rows = []
-    for entry in registry or []:
-        traffic = moved.get(entry["device"], {})
-        row = {key: entry.get(key) for key in keys} | {"cluster": placed.get(entry["device"])}
-        rows.append(row | {"up": traffic.get("up_bytes"), "down": traffic.get("down_bytes")})
-    return sorted(rows, key=lambda row: (row["cluster"] is None, row["cluster"] or 0, row["device"]))
+def _devices(
+    registry: Registry | None, clusters: Clusters | None, transport: Transport | None
+) -> list[tuple[RegistryEntry, int | None, Traffic | None]]:
+    """Each accepted device, where it was put, what it moved."""
+    placed = clusters.assignment if clusters else {}
+    moved = transport.devices if transport else {}
+    rows = [(e, placed.get(e.device), moved.get(e.device)) for e in (registry.root if registry else [])]
+    return sorted(rows, key=lambda row: (row[1] is None, row[1] or 0, row[0].device))
 
 
 def _curves(path: Path) -> list[Markup]:
@@ -271,9 +282,9 @@ def _curves(path: Path) -> list[Markup]:
     ]
 
 
-def _expert_use(evaluation: Json | None) -> list[Markup]:
+def _expert_use(evaluation: Evaluation | None) -> list[Markup]:
     """Per domain the share of each expert in each layer; all maps have one scale, so that they compare."""
-    use = (evaluation or {}).get("expert_use") or {}
+    use = (evaluation and evaluation.expert_use) or {}
     highest = max((share for layers in use.values() for layer in layers for share in layer), default=1.0)
     charts = []
     for domain, layers in use.items():
@@ -284,7 +295,7 @@ def _expert_use(evaluation: Json | None) -> list[Markup]:
     return charts
 
 
-def _facts(config: str | None, registry: Any, manifest: Json | None) -> list[str]:
+def _facts(config: str | None, registry: Registry | None, manifest: Json | None) -> list[str]:
     """What the run is, in a few words, as far as it is known."""
     try:
         values = yaml.safe_load(config or "") or {}
@@ -294,8 +305,8 @@ def _facts(config: str | None, registry: Any, manifest: Json | None) -> list[str
     if values.get("family"):
         facts.append(f"{values.get('experts')} experts of {values['family']}, top {values.get('top_k')}")
     if registry:
-        prepared = any(entry.get("tokens") for entry in registry)
-        facts.append(f"{len(registry)} {'devices' if prepared else 'given checkpoints'}")
+        prepared = any(entry.tokens for entry in registry.root)
+        facts.append(f"{len(registry.root)} {'devices' if prepared else 'given checkpoints'}")
     if "seed" in values:
         facts.append(f"seed {values['seed']}")
     return [*facts, f"deepfusion {manifest['version']}"] if manifest and manifest.get("version") else facts
@@ -318,6 +329,14 @@ def _stages(manifest: Json | None) -> list[Json]:
         most = max((row.get(key) or 0 for row in rows), default=0) or 1
         rows = [{**row, f"{key}_share": (row.get(key) or 0) / most} for row in rows]
     return rows
+
+
+def _find(kind: type[Found], path: Path) -> Found | None:
+    """A record; None where it is missing or damaged, which the page then says."""
+    try:
+        return kind.find(path)
+    except (InputError, OSError):
+        return None
 
 
 def _read(path: Path) -> Any:

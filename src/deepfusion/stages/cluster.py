@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from sklearn.cluster import KMeans
 
 from deepfusion.config import Config, cluster_count
 from deepfusion.errors import InputError
+from deepfusion.records import Cluster, Clusters, Registry, RegistryEntry, Similarity, TypeShare
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
@@ -19,43 +19,39 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     Raises:
         InputError: more types than experts, fewer devices than experts, or embeddings that cannot be compared.
     """
-    devices = sorted(json.loads(inputs["registry"].read_text("utf-8")), key=lambda entry: entry["device"])
+    devices = sorted(Registry.read(inputs["registry"]).root, key=lambda entry: entry.device)
     embeddings = _normalised(devices)
     types: dict[str, list[int]] = {}
     for index, entry in enumerate(devices):
-        types.setdefault(entry["signature"], []).append(index)
+        types.setdefault(entry.signature, []).append(index)
     count = cluster_count(config, len(devices), len(types))
-    tokens = [max(1, sum(devices[i]["tokens"] for i in members)) for members in types.values()]
+    tokens = [max(1, sum(devices[i].tokens for i in members)) for members in types.values()]
     shares = share_out(count, tokens, [len(members) for members in types.values()])
 
-    clusters: list[dict[str, Any]] = []
+    clusters: list[Cluster] = []
     for (signature, members), share in zip(types.items(), shares, strict=True):
         for group in _group(embeddings[members], share, config):
             chosen = [devices[members[i]] for i in group]
             clusters.append(
-                {"id": len(clusters), "type": chosen[0]["type"], "signature": signature,
-                 "devices": [entry["device"] for entry in chosen], "tokens": sum(entry["tokens"] for entry in chosen)}
+                Cluster(
+                    id=len(clusters), type=chosen[0].type, signature=signature,
+                    devices=[entry.device for entry in chosen], tokens=sum(entry.tokens for entry in chosen),
+                )
             )  # fmt: skip
-    result = {
-        "experts": config.experts,
-        "types": [
-            {
-                "signature": signature,
-                "type": devices[members[0]]["type"],
-                "devices": len(members),
-                "share": share,
-            }
+    Clusters(
+        experts=config.experts,
+        types=[
+            TypeShare(signature=signature, type=devices[members[0]].type, devices=len(members), share=share)
             for (signature, members), share in zip(types.items(), shares, strict=True)
         ],
-        "clusters": clusters,
-        "assignment": {device: cluster["id"] for cluster in clusters for device in cluster["devices"]},
-        "similarity": {
-            "devices": [entry["device"] for entry in devices],
-            "matrix": np.round(embeddings @ embeddings.T, 6).tolist(),
-        },
-    }
-    (out / "clusters.json").write_text(json.dumps(result, indent=1), "utf-8")
-    return {"types": len(types), "clusters": [cluster["devices"] for cluster in clusters]}
+        clusters=clusters,
+        assignment={device: cluster.id for cluster in clusters for device in cluster.devices},
+        similarity=Similarity(
+            devices=[entry.device for entry in devices],
+            matrix=np.round(embeddings @ embeddings.T, 6).tolist(),
+        ),
+    ).write(out / "clusters.json")
+    return {"types": len(types), "clusters": [cluster.devices for cluster in clusters]}
 
 
 def share_out(clusters: int, tokens: list[int], devices: list[int]) -> list[int]:
@@ -71,19 +67,19 @@ def share_out(clusters: int, tokens: list[int], devices: list[int]) -> list[int]
     return shares
 
 
-def _normalised(devices: list[dict[str, Any]]) -> np.ndarray:
+def _normalised(devices: list[RegistryEntry]) -> np.ndarray:
     """Unit embeddings, float64 [devices, size]."""
     first = devices[0]
     for entry in devices[1:]:
-        if (entry["encoder"], len(entry["embedding"])) != (first["encoder"], len(first["embedding"])):
+        if (entry.encoder, len(entry.embedding)) != (first.encoder, len(first.embedding)):
             raise InputError(
-                f"its embedding is {entry['encoder']} of length {len(entry['embedding'])}",
-                where=f"device {entry['device']}",
-                allowed=f"{first['encoder']} of length {len(first['embedding'])}, as of device {first['device']}",
+                f"its embedding is {entry.encoder} of length {len(entry.embedding)}",
+                where=f"device {entry.device}",
+                allowed=f"{first.encoder} of length {len(first.embedding)}, as of device {first.device}",
                 fix="make the upload again with the same device.encoder and device.embedding_size",
                 code="embeddings-differ",
             )
-    matrix = np.array([entry["embedding"] for entry in devices])
+    matrix = np.array([entry.embedding for entry in devices])
     return matrix / np.linalg.norm(matrix, axis=1, keepdims=True).clip(1e-12)
 
 

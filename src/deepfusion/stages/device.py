@@ -29,13 +29,14 @@ from deepfusion.models.loading import context_limit, load_model, load_tokenizer,
 from deepfusion.models.presets import LORA_TARGETS, PRESETS, base_digest, model_config, require_plain, resolve
 from deepfusion.models.signature import type_signature
 from deepfusion.names import check_device_id, device_id
+from deepfusion.records import Card
 from deepfusion.report.artefacts import write_transport
 from deepfusion.text.embedding import embed
 from deepfusion.text.rows import Document
 from deepfusion.text.sources import load_source, local_files, shuffled
 from deepfusion.text.splits import make_splits
 from deepfusion.text.windows import cut_windows, say_cut
-from deepfusion.uploads.card import CARD, Card, check_made, claim_upload, note_made, read_card, write_card
+from deepfusion.uploads.card import CARD, check_made, claim_upload, note_made, read_card, write_card
 
 _READ = ("data.max_chars", "data.prompt_loss_weight")  # of the section data, by `train_device`
 _TRAINING = tuple(key for key in DeviceSection.model_fields if key != "types")

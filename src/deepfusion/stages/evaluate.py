@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Iterable
@@ -15,12 +14,24 @@ from transformers import PreTrainedModel
 
 from deepfusion import progress
 from deepfusion.config import Config
-from deepfusion.folders import write_whole
 from deepfusion.jobs import run_jobs
 from deepfusion.learning.metrics import evaluate_model, expert_use
 from deepfusion.models.compact import DELTA, Compact
 from deepfusion.models.loading import load_model, load_tokenizer
 from deepfusion.models.presets import resolve
+from deepfusion.records import (
+    AgainstMembers,
+    BestDevice,
+    Clusters,
+    Comparison,
+    Evaluation,
+    Means,
+    Measured,
+    MeasuredProxy,
+    Measurement,
+    References,
+    Registry,
+)
 from deepfusion.text.rows import Document
 from deepfusion.text.sources import load_source
 from deepfusion.text.splits import make_splits
@@ -28,8 +39,6 @@ from deepfusion.uploads.card import read_card
 
 # The shares of experts settle long before the losses do.
 EXPERT_USE_DOCUMENTS = 64
-
-Metrics = dict[str, Any]
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
@@ -50,22 +59,23 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     test = capped(test, config.evaluate.max_documents, config.seed)
     plan = _Plan(inputs, test, private)
     measured = _measure_all(config, plan, test, out / "units")
-    moe = measured.get("moe")
-    report = {
-        "moe": moe and moe["metrics"],
-        "references": {
-            "base": _metrics(measured, "base"),
-            "no_distillation": _metrics(measured, "control"),
-            "devices": _best_devices(plan, measured),
-            "proxies": _proxies(plan, measured),
-        },
-        "proxy_against_members": _against_members(plan, measured),
-        "expert_use": moe and moe["expert_use"],
-    }
-    report["comparison"] = _comparison(report)
-    _write_json(out / "evaluation.json", report)
-    means = moe and {"mean_over_domains": moe["metrics"]["mean_over_domains"]}
-    return {"moe": means, "comparison": report["comparison"]}
+    moe = _metrics(measured, "moe")
+    references = References(
+        base=_metrics(measured, "base"),
+        no_distillation=_metrics(measured, "control"),
+        devices=_best_devices(plan, measured),
+        proxies=_proxies(plan, measured),
+    )
+    comparison = _comparison(moe, references)
+    Evaluation(
+        moe=moe,
+        references=references,
+        proxy_against_members=_against_members(plan, measured),
+        expert_use=measured["moe"].expert_use if moe else None,
+        comparison=comparison,
+    ).write(out / "evaluation.json")
+    means = moe and {"mean_over_domains": moe.mean_over_domains.model_dump()}
+    return {"moe": means, "comparison": comparison.model_dump()}
 
 
 class _Plan:
@@ -79,12 +89,13 @@ class _Plan:
         self, inputs: dict[str, Path], test: list[Document], private: dict[str, list[Document]]
     ) -> None:
         self.domains = sorted({document.domain for document in test})
-        self.devices: list[dict[str, Any]] = _read_json(inputs.get("registry")) or []
-        self.clusters: list[dict[str, Any]] = (_read_json(inputs.get("clusters")) or {}).get("clusters", [])
-        held = {entry["device"]: self._held(private.get(entry["device"], [])) for entry in self.devices}
+        registry, clusters = Registry.find(inputs.get("registry")), Clusters.find(inputs.get("clusters"))
+        self.devices = registry.root if registry else []
+        self.clusters = clusters.clusters if clusters else []
+        held = {entry.device: self._held(private.get(entry.device, [])) for entry in self.devices}
         self.home = {device: _majority(counts) for device, counts in held.items()}
         self.cluster_domain = {
-            cluster["id"]: _majority(sum((held[device] for device in cluster["devices"]), Counter()))
+            cluster.id: _majority(sum((held[device] for device in cluster.devices), Counter()))
             for cluster in self.clusters
         }
         self.folders: dict[str, Path] = {}
@@ -92,13 +103,13 @@ class _Plan:
         for name in ("moe", "control", "base"):
             self._add(name, inputs.get(name), self.domains)
         for cluster in self.clusters:
-            number, members = cluster["id"], [self.home[device] for device in cluster["devices"]]
+            number, members = cluster.id, [self.home[device] for device in cluster.devices]
             self._add(
                 f"proxy {number}", _below(inputs, "proxies", number), [*members, self.cluster_domain[number]]
             )
         for device in self.home:
-            clusters = [self.cluster_domain[c["id"]] for c in self.clusters if device in c["devices"]]
-            self._add(f"device {device}", _below(inputs, "uploads", device), [self.home[device], *clusters])
+            shared = [self.cluster_domain[c.id] for c in self.clusters if device in c.devices]
+            self._add(f"device {device}", _below(inputs, "uploads", device), [self.home[device], *shared])
 
     def _held(self, documents: list[Document]) -> Counter[str]:
         return Counter(document.domain for document in documents if document.domain in self.domains)
@@ -120,18 +131,15 @@ def measure(
     choices: bool,
     precision: str,
     routers: bool,
-) -> dict[str, Any]:
+) -> Measurement:
     """Measure one model, or read what an earlier attempt measured; the work of one process.
 
     Args:
         name: what people call the model, such as "device bank-1".
         unit: JSON file of the result.
-
-    Returns:
-        {"metrics": as `evaluate_model`, "expert_use": as `expert_use`, or None without `routers`}
+        routers: whether the use of experts is measured too.
     """
-    found = _read_json(unit)
-    if found is not None:
+    if found := Measurement.find(unit):
         return found
     model, tokenizer = _load(folder, precision), load_tokenizer(folder)
     sizes = {"batch_size": batch_size, "max_chars": max_chars}
@@ -140,18 +148,19 @@ def measure(
     if routers:
         few = capped(documents, EXPERT_USE_DOCUMENTS, 0)
         use = expert_use(model, tokenizer, few, batch_size=batch_size, max_chars=max_chars)
-    result = {"metrics": metrics, "expert_use": use}
-    _write_json(unit, result)
-    means, domains = metrics["mean_over_domains"], list(metrics["by_domain"])
+    result = Measurement(metrics=Measured.model_validate(metrics), expert_use=use)
+    unit.parent.mkdir(parents=True, exist_ok=True)
+    result.write(unit)
+    means, domains = result.metrics.mean_over_domains, list(result.metrics.by_domain)
     progress.say(
-        f"[evaluate {name}] {means['bits_per_byte']:.3f} bits per byte, {means['log_perplexity']:.3f} nats per token, "
-        f"token accuracy {means['token_accuracy']:.1%} on "
+        f"[evaluate {name}] {means.bits_per_byte:.3f} bits per byte, {means.log_perplexity:.3f} nats per token, "
+        f"token accuracy {means.token_accuracy:.1%} on "
         f"{', '.join(domains)}{' (mean over domains)' if len(domains) > 1 else ''}"
     )
     return result
 
 
-def _measure_all(config: Config, plan: _Plan, test: list[Document], units: Path) -> dict[str, dict[str, Any]]:
+def _measure_all(config: Config, plan: _Plan, test: list[Document], units: Path) -> dict[str, Measurement]:
     jobs = [
         {
             "name": name,
@@ -205,81 +214,70 @@ def capped(documents: list[Document], limit: int | None, seed: int) -> list[Docu
     return [documents[i] for i in sorted(chosen)]
 
 
-def _best_devices(plan: _Plan, measured: dict[str, dict[str, Any]]) -> dict[str, Metrics] | None:
+def _best_devices(plan: _Plan, measured: dict[str, Measurement]) -> dict[str, BestDevice] | None:
     """For each domain the device at home there with the fewest bits per byte; devices differ in tokenizer."""
-    best: dict[str, Metrics] = {}
+    best: dict[str, BestDevice] = {}
     for entry in plan.devices:
-        found = _metrics(measured, f"device {entry['device']}")
-        home = plan.home[entry["device"]]
-        for domain, values in found["by_domain"].items() if found else ():
+        found, home = _metrics(measured, f"device {entry.device}"), plan.home[entry.device]
+        for domain, scores in found.by_domain.items() if found else ():
             at_home = home in (None, domain)
-            if at_home and (domain not in best or values["bits_per_byte"] < best[domain]["bits_per_byte"]):
-                best[domain] = {"device": entry["device"], "type": entry["type"], **values}
+            if at_home and (domain not in best or scores.bits_per_byte < best[domain].bits_per_byte):
+                best[domain] = BestDevice(device=entry.device, type=entry.type, **scores.model_dump())
     return dict(sorted(best.items())) or None
 
 
-def _proxies(plan: _Plan, measured: dict[str, dict[str, Any]]) -> dict[str, Metrics] | None:
+def _proxies(plan: _Plan, measured: dict[str, Measurement]) -> dict[str, MeasuredProxy] | None:
     proxies = {}
     for cluster in plan.clusters:
-        found = _metrics(measured, f"proxy {cluster['id']}")
-        if found:
-            about = {
-                "type": cluster["type"],
-                "devices": cluster["devices"],
-                "domain": _domain(plan, cluster["id"], found),
-            }
-            proxies[str(cluster["id"])] = {**about, **found}
+        if found := _metrics(measured, f"proxy {cluster.id}"):
+            domain = _domain(plan, cluster.id, found)
+            proxies[str(cluster.id)] = MeasuredProxy(
+                type=cluster.type, devices=cluster.devices, domain=domain, **found.model_dump()
+            )
     return proxies or None
 
 
-def _against_members(plan: _Plan, measured: dict[str, dict[str, Any]]) -> list[dict[str, Any]] | None:
+def _against_members(plan: _Plan, measured: dict[str, Measurement]) -> list[AgainstMembers] | None:
     """Each proxy and its best member in nats per token on the cluster's domain: one model type, so they compare."""
     rows = []
     for cluster in plan.clusters:
-        proxy = _metrics(measured, f"proxy {cluster['id']}")
-        members = [
-            found for device in cluster["devices"] if (found := _metrics(measured, f"device {device}"))
-        ]
+        proxy = _metrics(measured, f"proxy {cluster.id}")
+        members = [found for device in cluster.devices if (found := _metrics(measured, f"device {device}"))]
         if proxy and members:
-            domain = _domain(plan, cluster["id"], proxy)
-            own = proxy["by_domain"][domain]["log_perplexity"]
-            best = min(member["by_domain"][domain]["log_perplexity"] for member in members)
+            domain = _domain(plan, cluster.id, proxy)
+            own = proxy.by_domain[domain].log_perplexity
+            best = min(member.by_domain[domain].log_perplexity for member in members)
             rows.append(
-                {
-                    "cluster": cluster["id"],
-                    "domain": domain,
-                    "proxy": own,
-                    "best_member": best,
-                    "difference": own - best,
-                }
+                AgainstMembers(
+                    cluster=cluster.id, domain=domain, proxy=own, best_member=best, difference=own - best
+                )
             )
     return rows or None
 
 
-def _domain(plan: _Plan, cluster: int, proxy: Metrics) -> str:
+def _domain(plan: _Plan, cluster: int, proxy: Measured) -> str:
     """The cluster's own domain; where it is not known, the one that its proxy predicts best."""
     known = plan.cluster_domain[cluster]
-    return known or min(proxy["by_domain"], key=lambda domain: proxy["by_domain"][domain]["bits_per_byte"])
+    return known or min(proxy.by_domain, key=lambda domain: proxy.by_domain[domain].bits_per_byte)
 
 
-def _comparison(report: dict[str, Any]) -> dict[str, Any]:
-    moe, references = report["moe"], report["references"]
-    return {
-        "moe_minus_no_distillation": _difference(moe, references["no_distillation"]),
-        "moe_minus_base": _difference(moe, references["base"]),
-        "bits_per_byte_ratio_to_proxies": _ratio_to_proxies(moe, references["proxies"]),
-    }
+def _comparison(moe: Measured | None, references: References) -> Comparison:
+    return Comparison(
+        moe_minus_no_distillation=_difference(moe, references.no_distillation),
+        moe_minus_base=_difference(moe, references.base),
+        bits_per_byte_ratio_to_proxies=_ratio_to_proxies(moe, references.proxies),
+    )
 
 
-def _difference(moe: Metrics | None, other: Metrics | None) -> dict[str, float] | None:
+def _difference(moe: Measured | None, other: Measured | None) -> Means | None:
     """Means over the domains, MoE minus other (same tokenizer): losses below 0, accuracies above 0 favour the MoE."""
     if not moe or not other:
         return None
-    theirs = other["mean_over_domains"]
-    return {key: value - theirs[key] for key, value in moe["mean_over_domains"].items() if value is not None}
+    ours, theirs = (one.mean_over_domains.model_dump(exclude_none=True) for one in (moe, other))
+    return Means(**{key: value - theirs[key] for key, value in ours.items()})
 
 
-def _ratio_to_proxies(moe: Metrics | None, proxies: dict[str, Metrics] | None) -> float | None:
+def _ratio_to_proxies(moe: Measured | None, proxies: dict[str, MeasuredProxy] | None) -> float | None:
     """Bits per byte of the MoE over those of the proxies on their own domains.
 
     Both are means over the same domains, and a domain with several proxies counts once, so that neither a domain
@@ -289,13 +287,13 @@ def _ratio_to_proxies(moe: Metrics | None, proxies: dict[str, Metrics] | None) -
         return None
     own: dict[str, list[float]] = {}
     for proxy in proxies.values():
-        own.setdefault(proxy["domain"], []).append(proxy["by_domain"][proxy["domain"]]["bits_per_byte"])
-    of_moe = sum(moe["by_domain"][domain]["bits_per_byte"] for domain in own)
+        own.setdefault(proxy.domain, []).append(proxy.by_domain[proxy.domain].bits_per_byte)
+    of_moe = sum(moe.by_domain[domain].bits_per_byte for domain in own)
     return of_moe / sum(sum(values) / len(values) for values in own.values())
 
 
-def _metrics(measured: dict[str, dict[str, Any]], name: str) -> Metrics | None:
-    return measured[name]["metrics"] if name in measured else None
+def _metrics(measured: dict[str, Measurement], name: str) -> Measured | None:
+    return measured[name].metrics if name in measured else None
 
 
 def _majority(counts: Counter[str]) -> str | None:
@@ -304,12 +302,3 @@ def _majority(counts: Counter[str]) -> str | None:
 
 def _below(inputs: dict[str, Path], key: str, name: object) -> Path | None:
     return inputs[key] / str(name) if key in inputs else None
-
-
-def _read_json(path: Path | None) -> Any:
-    return json.loads(path.read_text("utf-8")) if path is not None and path.is_file() else None
-
-
-def _write_json(path: Path, values: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(values, indent=2, allow_nan=False) + "\n")

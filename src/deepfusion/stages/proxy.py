@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +18,7 @@ from deepfusion.models.architecture import architecture, read_config
 from deepfusion.models.checkpoints import TensorWriter, copy_tokenizer, mean_of
 from deepfusion.models.compact import DELTA, Compact, open_whole
 from deepfusion.models.presets import base_digest, resolve
+from deepfusion.records import Cluster, Clusters, Lineage, Registry, RegistryEntry
 from deepfusion.report.artefacts import cell, counted
 
 
@@ -28,38 +28,38 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     Raises:
         InputError: the public checkpoint of an adapter or a compact upload cannot be had.
     """
-    registry = {entry["device"]: entry for entry in json.loads(inputs["registry"].read_text("utf-8"))}
-    clusters = json.loads(inputs["clusters"].read_text("utf-8"))["clusters"]
+    registry = Registry.read(inputs["registry"]).by_device
+    clusters = Clusters.read(inputs["clusters"]).clusters
     for cluster in clusters:
-        target = out / "proxies" / str(cluster["id"])
+        target = out / "proxies" / str(cluster.id)
         if (target / "proxy.json").is_file():
             continue
-        folders = [inputs["uploads"] / name for name in cluster["devices"]]
+        members = [registry[name] for name in cluster.devices]
         with whole_folder(target) as part:
-            weights = _weights(config, [registry[name] for name in cluster["devices"]])
-            average(folders, [registry[name] for name in cluster["devices"]], weights, part)
-            _describe(cluster, registry, weights, part)
-        names = ", ".join(cluster["devices"])
-        progress.say(f"[proxy {cluster['id']}] mean of {len(cluster['devices'])} {cluster['type']}: {names}")
+            weights = _weights(config, members)
+            average([inputs["uploads"] / name for name in cluster.devices], members, weights, part)
+            _describe(cluster, members, weights, part)
+        names = ", ".join(cluster.devices)
+        progress.say(f"[proxy {cluster.id}] mean of {len(members)} {cluster.type}: {names}")
     return {"proxies": len(clusters)}
 
 
-def _weights(config: Config, entries: list[dict[str, Any]]) -> list[float]:
+def _weights(config: Config, entries: list[RegistryEntry]) -> list[float]:
     """Of each member in the mean. Checkpoints that nobody prepared do not say how much text they have seen: all count
     alike.
     """
-    tokens = [float(entry["tokens"]) for entry in entries]
+    tokens = [float(entry.tokens) for entry in entries]
     return tokens if config.clustering.average == "tokens" and all(tokens) else [1.0] * len(entries)
 
 
-def average(folders: list[Path], entries: list[dict[str, Any]], weights: list[float], out: Path) -> None:
+def average(folders: list[Path], entries: list[RegistryEntry], weights: list[float], out: Path) -> None:
     """`mbar = sum w_n m_n / sum w_n` over checkpoints of one type: accumulated in fp32, cast once, one tensor at a
     time.
 
     Args:
         folders: upload folders; an adapter stands for the public checkpoint plus its low-rank update, a compact upload
             for that checkpoint plus its change.
-        entries: what the registry says of each (`device`, `base`, `base_digest`).
+        entries: what the registry says of each.
         weights: of each in the mean; only their ratios count.
         out: folder of the averaged checkpoint.
 
@@ -100,7 +100,7 @@ class _Member(Protocol):
     def dtype(self, name: str) -> torch.dtype: ...
 
 
-def _member(folder: Path, entry: dict[str, Any]) -> _Member:
+def _member(folder: Path, entry: RegistryEntry) -> _Member:
     if (folder / ADAPTER_CONFIG).is_file():
         return _Adapted(folder, _base(entry))
     if (folder / DELTA).is_file():
@@ -108,16 +108,16 @@ def _member(folder: Path, entry: dict[str, Any]) -> _Member:
     return open_whole(folder)
 
 
-def _base(entry: dict[str, Any]) -> str:
+def _base(entry: RegistryEntry) -> str:
     """The model type whose public checkpoint an upload refers to."""
-    if base_digest(entry["base"]) != entry["base_digest"]:
+    if base_digest(entry.base) != entry.base_digest:
         raise InputError(
-            f"the server's {entry['base']} is not the checkpoint that the training began with",
-            where=f"device {entry['device']}",
+            f"the server's {entry.base} is not the checkpoint that the training began with",
+            where=f"device {entry.device}",
             fix="bring the same revision to both sides",
             code="base-differs",
         )
-    return str(entry["base"])
+    return entry.base
 
 
 class _Adapted:
@@ -142,25 +142,21 @@ class _Adapted:
         return weight.float() + self.adapter.update(name, name in self.transposed)
 
 
-def _describe(cluster: dict[str, Any], registry: dict[str, Any], weights: list[float], folder: Path) -> None:
-    lineage = {
-        "cluster": cluster["id"],
-        "type": cluster["type"],
-        "signature": cluster["signature"],
-        "devices": {name: registry[name]["digest"] for name in cluster["devices"]},
-    }
-    members = [registry[name] for name in cluster["devices"]]
+def _describe(cluster: Cluster, members: list[RegistryEntry], weights: list[float], folder: Path) -> None:
     shares = [f"{weight / sum(weights):.1%}" for weight in weights]
     rows = "\n".join(
-        f"| {cell(e['device'])} | {e['method'] if e['tokens'] else 'unknown'} | {counted(e['tokens'])} | {share} |"
+        f"| {cell(e.device)} | {e.method if e.tokens else 'unknown'} | {counted(e.tokens)} | {share} |"
         for e, share in zip(members, shares, strict=True)
     )
-    kind = cell(cluster["type"])
+    kind = cell(cluster.type)
     several = f"The element-wise weighted mean of {len(members)} models of type {kind}"
     made = several if len(members) > 1 else f"The one model of its cluster, of type {kind}"
     (folder / "README.md").write_text(
-        f"# Proxy {cluster['id']}\n\n{made}, made by DeepFusion: a teacher of phase II.\n\n"
+        f"# Proxy {cluster.id}\n\n{made}, made by DeepFusion: a teacher of phase II.\n\n"
         f"| model of | method | private tokens | weight |\n|---|---|---|---|\n{rows}\n",
         "utf-8",
     )
-    (folder / "proxy.json").write_text(json.dumps(lineage, indent=1), "utf-8")
+    Lineage(
+        cluster=cluster.id, type=cluster.type, signature=cluster.signature,
+        devices={entry.device: entry.digest for entry in members},
+    ).write(folder / "proxy.json")  # fmt: skip

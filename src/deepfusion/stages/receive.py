@@ -17,10 +17,11 @@ from deepfusion.learning.corpus import sample_texts
 from deepfusion.models.adapters import merged_model
 from deepfusion.models.architecture import stored_dtype
 from deepfusion.models.checkpoints import copy_tokenizer, tokenizer_files
+from deepfusion.records import Problem
 from deepfusion.report.artefacts import write_transport
 from deepfusion.text.embedding import embed
 from deepfusion.uploads.adopt import adopt_checkpoint
-from deepfusion.uploads.check import Problem, write_refusal
+from deepfusion.uploads.check import write_refusal
 from deepfusion.uploads.intake import Given, survey
 
 SAMPLES = 64  # texts a plain checkpoint samples so that its knowledge can be embedded

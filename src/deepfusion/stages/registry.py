@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from deepfusion import progress
 from deepfusion.config import Config
 from deepfusion.errors import InputError
-from deepfusion.uploads.card import Card, read_card, weights_digest
-from deepfusion.uploads.check import Problem, check_upload, read_refusal
+from deepfusion.records import Card, Problem, Registry, RegistryEntry, Rejected
+from deepfusion.uploads.card import read_card, weights_digest
+from deepfusion.uploads.check import check_upload, read_refusal
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
@@ -51,14 +50,12 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
         )
         what = f"no sound upload ({reasons[:2000] or 'the folder is empty'})"
         raise InputError(what, where=uploads, code="no-uploads")
-    entries = [_entry(uploads / name, card) for name, card in accepted.items()]
-    refused = {name: [asdict(problem) for problem in found] for name, found in rejected.items()}
-    (out / "registry.json").write_text(json.dumps(entries, indent=1), "utf-8")
-    (out / "rejected.json").write_text(json.dumps(refused, indent=1), "utf-8")
+    Registry([_entry(uploads / name, card) for name, card in accepted.items()]).write(out / "registry.json")
+    Rejected(rejected).write(out / "rejected.json")
     return {
-        "accepted": len(entries),
-        "rejected": len(refused),
-        "types": len({e["signature"] for e in entries}),
+        "accepted": len(accepted),
+        "rejected": len(rejected),
+        "types": len({card.signature for card in accepted.values()}),
     }
 
 
@@ -89,7 +86,6 @@ def _other_embeddings(accepted: dict[str, Card]) -> dict[str, list[Problem]]:
     return {name: [Problem("embedding-differs", message, "card.json")] for name in others}
 
 
-def _entry(folder: Path, card: Card) -> dict[str, Any]:
+def _entry(folder: Path, card: Card) -> RegistryEntry:
     size = sum(path.stat().st_size for path in folder.iterdir())
-    facts = card.model_dump(mode="json", exclude={"files", "schema_version"})
-    return facts | {"bytes": size, "digest": weights_digest(card)}
+    return RegistryEntry(**card.model_dump(exclude={"files"}), bytes=size, digest=weights_digest(card))

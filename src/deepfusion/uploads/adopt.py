@@ -14,7 +14,8 @@ from deepfusion.models.architecture import architecture, read_config
 from deepfusion.models.checkpoints import copy_tokenizer
 from deepfusion.models.loading import load_model, load_tokenizer
 from deepfusion.models.signature import type_signature
-from deepfusion.uploads.card import Card, write_card
+from deepfusion.records import Card
+from deepfusion.uploads.card import write_card
 
 
 def adopt_checkpoint(folder: Path, out: Path, device: str, embedding: np.ndarray, encoder: Encoder) -> Card:

@@ -1,23 +1,20 @@
-"""The card of an upload: what it says about itself. Needs no model framework, so that moving uploads does not
+"""The card of an upload: how it is written, read and claimed. Needs no model framework, so that moving uploads does not
 either."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ValidationError
 
-from deepfusion.config import Encoder, Encoding, Method
 from deepfusion.digests import sha256_file
 from deepfusion.errors import InputError
 from deepfusion.folders import claim_file, place_to_replace, work_key, write_whole
-from deepfusion.names import DeviceId
+from deepfusion.records import Card, invalid
 
 CARD = "card.json"
 MAX_CARD_BYTES = 2**20
@@ -30,57 +27,11 @@ FILE_NAMES = re.compile(
 )
 
 
-class Card(BaseModel):
-    """What an upload says about itself; nothing in it is text of the device or names its domain.
-
-    `loss_before` and `loss_after` are nats per token on the device's own held-out text; an adopted checkpoint has none
-    and says 0 tokens. `signature` is `models.type_signature`, `files` maps every other file to its SHA-256.
-    `encoding` says how the weights are written, `encoding_error` by how much one of them differs at most for that
-    reason.
-    """
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    schema_version: Literal[1] = 1
-    device: DeviceId
-    type: str = Field(max_length=200)
-    model_class: str = Field(pattern=r"^\w{1,100}$")
-    signature: str = Field(pattern=r"^[0-9a-f]{64}$")
-    base: str = Field(max_length=1000)
-    base_digest: str = Field(pattern=r"^([0-9a-f]{64})?$")
-    method: Method
-    encoding: Encoding = "weights"
-    encoding_error: float = Field(0.0, ge=0)
-    embedding: list[float] = Field(min_length=2, max_length=1024)
-    encoder: Encoder
-    tokens: int = Field(ge=0, le=10**15)
-    documents: int = Field(ge=0, le=10**12)
-    loss_before: float | None = Field(ge=0)
-    loss_after: float | None = Field(ge=0)
-    steps: int = Field(ge=0)
-    seed: int = Field(ge=0)
-    deepfusion_version: str = Field(max_length=50)
-    files: dict[str, str] = Field(default_factory=dict, max_length=10_000)
-
-    @field_validator("embedding")
-    @classmethod
-    def _unit(cls, embedding: list[float]) -> list[float]:
-        if not abs(math.hypot(*embedding) - 1) < 1e-3:
-            raise ValueError("not of length 1")
-        return embedding
-
-    @model_validator(mode="after")
-    def _encoded_once(self) -> Card:
-        if self.encoding != "weights" and self.method != "full":
-            raise ValueError(f"an adapter is not written as {self.encoding}")
-        return self
-
-
 def write_card(folder: Path, card: Card) -> Card:
     """Hash all files of an upload and write its card, last and at once: a folder with a card is complete."""
     files = {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.name != CARD}
     card = card.model_copy(update={"files": files})
-    write_whole(folder / CARD, card.model_dump_json(indent=1))
+    card.write(folder / CARD)
     return card
 
 
@@ -171,9 +122,7 @@ def read_card(folder: Path) -> Card:
         fix = "deepfusion device train writes one"
         raise InputError("there is no card", where=path, fix=fix, code="card-missing") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part)[:60] for part in first["loc"]) or "card"
-        raise InputError(f"{field}: {first['msg'][:200]}", where=path, code="card-invalid") from None
+        raise invalid(error, path, code="card-invalid") from None
 
 
 def weights_digest(card: Card) -> str:

@@ -7,7 +7,6 @@ import os
 import re
 import stat
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,8 @@ from deepfusion.models.compact import DELTA, FORMAT, Compact, stored_tensors
 from deepfusion.models.loading import load_tokenizer
 from deepfusion.models.presets import PRESETS, base_digest, model_config
 from deepfusion.models.signature import type_signature
-from deepfusion.uploads.card import CARD, FILE_NAMES, MAX_CARD_BYTES, MAX_JSON_BYTES, Card, read_card
+from deepfusion.records import Card, Problem, Refusal
+from deepfusion.uploads.card import CARD, FILE_NAMES, MAX_CARD_BYTES, MAX_JSON_BYTES, read_card
 
 REFUSAL = "refused.json"
 MAX_HEADER_BYTES = 16 * 2**20
@@ -78,26 +78,20 @@ ACCEPTED = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One reason to refuse an upload: a stable kebab-case code, a sentence, and the file."""
-
-    code: str
-    message: str
-    file: str
-
-
 def write_refusal(folder: Path, problem: Problem) -> None:
     """Leave in place of an upload why there is none."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / REFUSAL).write_text(json.dumps(asdict(problem), indent=1), "utf-8")
+    Refusal(problem).write(folder / REFUSAL)
 
 
 def read_refusal(folder: Path) -> Problem | None:
     """Why there is no upload, if that is all that the folder says."""
     if not folder.is_dir() or [path.name for path in folder.iterdir()] != [REFUSAL]:
         return None
-    return Problem(**json.loads((folder / REFUSAL).read_text("utf-8")))
+    try:
+        return Refusal.read(folder / REFUSAL).root
+    except InputError as error:
+        return Problem(error.code, error.what, REFUSAL)
 
 
 def check_upload(folder: Path, max_bytes: int, bases: Collection[str] | None = None) -> list[Problem]:

@@ -4,7 +4,6 @@ are in.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -30,6 +29,7 @@ from deepfusion.federation.server.ledger import Ledger, Row
 from deepfusion.federation.server.view import View
 from deepfusion.folders import LOCK, claim_run, locked
 from deepfusion.inputs import local_inputs
+from deepfusion.records import Traffic, Transport
 
 
 def start(
@@ -138,22 +138,18 @@ def collect(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any
         received = inputs["run"] / "federation" / "received" / row.device
         if received.is_dir():  # else it was moved before this stage was killed
             os.replace(received, out / "uploads" / row.device)
-    moved = {row.device: _moved(row) for row in rows}
-    totals = {
-        f"total_{key}": sum(device[key] for device in moved.values()) for key in ("up_bytes", "down_bytes")
-    }
-    (out / "transport.json").write_text(json.dumps({"devices": moved, **totals}, indent=1), "utf-8")
+    Transport.of({row.device: _moved(row) for row in rows}).write(out / "transport.json")
     return {"devices": len(rows)}
 
 
-def _moved(row: Row) -> dict[str, int]:
+def _moved(row: Row) -> Traffic:
     """Bytes at the wire: upload requests with what was sent again, and apart from them the messages of the control
     plane.
     """
-    return {
-        "up_bytes": row.up, "down_bytes": row.down, "upload_bytes": row.size,
-        "control_up_bytes": row.control_up, "control_down_bytes": row.control_down,
-    }  # fmt: skip
+    return Traffic(
+        up_bytes=row.up, down_bytes=row.down, upload_bytes=row.size,
+        control_up_bytes=row.control_up, control_down_bytes=row.control_down,
+    )  # fmt: skip
 
 
 def device_states(run: Path) -> list[dict[str, Any]]:
