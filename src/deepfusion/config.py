@@ -6,12 +6,14 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from deepfusion import plugins
 from deepfusion.errors import InputError
 from deepfusion.names import DeviceId
 
@@ -28,10 +30,29 @@ MOST_EXPERTS = 1024
 MOST_WORKERS = 1024
 MOST_WEIGHT = 1e6
 
-Family = Literal["qwen2_moe", "qwen3_moe", "deepseek", "deepseek_v2", "deepseek_v3"]
 Method = Literal["full", "lora", "qlora"]
 Encoder = Literal["hashing", "minilm"]
 Encoding = Literal["weights", "delta8", "delta4"]
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a config names of all that there is of a kind (`plugins`)."""
+
+    group: plugins.Group
+
+    def __call__(self, value: str) -> str:
+        """The name itself.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        known = plugins.names(self.group)
+        if value not in known:
+            near = difflib.get_close_matches(value, known, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"there is no {value!r} among {', '.join(known)}{meant}")
+        return value
 
 
 class Section(BaseModel):
@@ -160,7 +181,9 @@ class DeviceSection(Section):
 class ClusteringSection(Section):
     """Phase I: local knowledge clustering [DF eq. 6]."""
 
-    assignment: Literal["kmeans", "random"] = Field("kmeans", description="random is a control")
+    assignment: Annotated[str, AfterValidator(Named("clusterings"))] = Field(
+        "kmeans", description="how models are grouped; random is a control"
+    )
     restarts: int = Field(10, ge=1, le=1000, description="K-means restarts")
     proxies: int | None = Field(
         None,
@@ -170,7 +193,7 @@ class ClusteringSection(Section):
         "1, router random); "
         "at least, and by default, as many as experts",
     )
-    average: Literal["uniform", "tokens"] = Field(
+    average: Annotated[str, AfterValidator(Named("averages"))] = Field(
         "uniform",
         description="weight of a device in the mean of its cluster: all alike (paper), or by its private tokens",
     )
@@ -246,6 +269,9 @@ class DistillSection(Section):
         le=1,
         description="texts that proxies wrote are at most this share of what is read, here and in "
         "tune; the others come more often",
+    )
+    method: Annotated[str, AfterValidator(Named("methods"))] = Field(
+        "vaa", description="what a student learns by; vaa: the losses below"
     )
     vaa: VAASection = Field(VAASection(), description="View-Aligned Attention")
 
@@ -347,7 +373,7 @@ class Config(Section):
     recipe: Literal["paper", "fused"] = Field(
         "fused", description="paper: faithful to the source; fused: ours"
     )
-    family: Family = Field(
+    family: Annotated[str, AfterValidator(Named("families"))] = Field(
         "qwen3_moe", description="architecture of the resulting MoE; by default that of a base chosen by fuse"
     )
     experts: int = Field(
@@ -523,7 +549,10 @@ def explain(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple
             yield from explain(kind, f"{key}.")
         else:
             default = None if field.is_required() else field.get_default(call_default_factory=True)
-            yield key, _type_name(kind), default, field.description or ""
+            named = (m.func for m in field.metadata if isinstance(m, AfterValidator))
+            group = next((check.group for check in named if isinstance(check, Named)), None)
+            shown = " | ".join(plugins.names(group)) if group else _type_name(kind)
+            yield key, shown, default, field.description or ""
 
 
 def known_keys() -> list[str]:

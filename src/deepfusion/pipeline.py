@@ -28,12 +28,13 @@ from deepfusion.config import Config, config_digest, save_config
 from deepfusion.digests import checkpoint_digest, sha256_file
 from deepfusion.errors import InputError
 from deepfusion.families import bases
-from deepfusion.families.moe import moe_config
+from deepfusion.families.base import moe_config
+from deepfusion.families.bases import base_checkpoint
 from deepfusion.folders import LOCK, claim_run, is_run, locked, make, open_work, remove, sync, write_whole
 from deepfusion.inputs import data_files, device_types, local_inputs
 from deepfusion.learning.memory import estimate_training_bytes, require_memory
 from deepfusion.models.architecture import parameter_total, read_config
-from deepfusion.models.presets import base_checkpoint, local_digest
+from deepfusion.models.presets import local_digest
 from deepfusion.report.page import is_report
 from deepfusion.stages import (
     cluster,
@@ -271,7 +272,7 @@ def _run_stage(
     manifest["stages"][stage.name] = entry
     _write_manifest(out, manifest)
     inputs = {name: out / path for name, path in stage.inputs.items()}
-    inputs |= {"run": out, "base": base_checkpoint(config.distill.base, config.family)}
+    inputs |= {"run": out, "base": base_checkpoint(config)}
     finished = work / "finished.json"
     if not finished.is_file():
         spent = float((work / "seconds").read_text("utf-8")) if (work / "seconds").is_file() else 0.0
@@ -325,7 +326,7 @@ def _stage_key(stage: Stage, config: Config, out: Path) -> str:
     if "types" in stage.checkpoints:
         parts += [f"{type}={digest}" for type in device_types(config) if (digest := local_digest(type))]
     if "base" in stage.checkpoints:
-        parts.append(f"base={checkpoint_digest(base_checkpoint(config.distill.base, config.family))}")
+        parts.append(f"base={checkpoint_digest(base_checkpoint(config))}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -434,7 +435,7 @@ def _say(lines: Sequence[str], before: Sequence[str]) -> Sequence[str]:
 def _check_feasible(config: Config, out: Path) -> None:
     """Refuse a run that cannot end well, for its base or for lack of disk or memory, before any work is lost."""
     bases.check(config)
-    base = read_config(base_checkpoint(config.distill.base, config.family))
+    base = read_config(base_checkpoint(config))
     moe = moe_config(base, bases.layout(config))
     weights = 4 * parameter_total(base)
     # K bases, a trunk, the merged MoE, its control and the tuned two, and the checkpoints of a training (weights, two

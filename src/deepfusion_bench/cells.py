@@ -20,12 +20,12 @@ from deepfusion import pipeline, progress
 from deepfusion.config import CONFIGS, Config, config_digest, load_config
 from deepfusion.digests import sha256_file
 from deepfusion.errors import InputError
+from deepfusion.families.bases import base_checkpoint
 from deepfusion.folders import locked, place, write_whole
 from deepfusion.inputs import request
 from deepfusion.jobs import default_workers, run_jobs
 from deepfusion.models.architecture import read_config
 from deepfusion.models.loading import resolve_precision
-from deepfusion.models.presets import base_checkpoint
 from deepfusion.stages.evaluate import capped, measure
 from deepfusion.text.splits import make_splits
 from deepfusion_bench.methods import METHODS, Task
@@ -236,9 +236,7 @@ def _run(cell: Cell, devices_only: bool, runs: Path, results: Path) -> None:
 def _request(cell: Cell) -> str:
     """Digest of all that a cell is made of, so that what another one has measured is never taken for it."""
     config = cell.config(*cell.own)
-    return request(
-        config, base_checkpoint(config.distill.base, config.family), cell.method, *cell.shared, *cell.own
-    )
+    return request(config, base_checkpoint(config), cell.method, *cell.shared, *cell.own)
 
 
 def _measured(cell: Cell, uploads: Path, out: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from conftest import (
 )
 from deepfusion.cli import main
 from deepfusion.errors import InputError
-from deepfusion.families.moe import export_deepseek_v1
+from deepfusion.families.deepseek import export_deepseek_v1
 from deepfusion.models import deepen
 
 # device train

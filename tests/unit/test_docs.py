@@ -194,3 +194,17 @@ def test_examples_run(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "Question: Which vitamin" in done.stdout
+
+    call = (
+        f"import own_methods; from pathlib import Path; own_methods.main(Path('own'), {[*few, 'jobs=2']!r})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", call],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "own" / "moe" / "final" / "config.json").is_file()

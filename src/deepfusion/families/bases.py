@@ -14,11 +14,12 @@ from transformers import PretrainedConfig
 
 from deepfusion.config import Config, cluster_count
 from deepfusion.errors import InputError
-from deepfusion.families.moe import BASES, FAMILIES, MoELayout, check_base, moe_config, parameter_count
+from deepfusion.families import base as families
+from deepfusion.families.base import MoELayout, check_base, moe_config, parameter_count
 from deepfusion.models import formats
 from deepfusion.models.architecture import parameter_total, read_config
 from deepfusion.models.checkpoints import TensorReader
-from deepfusion.models.presets import PRESETS, base_checkpoint, is_hub_name, model_config, resolve
+from deepfusion.models.presets import PRESETS, is_hub_name, model_config, require_plain, resolve
 from deepfusion.uploads.intake import Survey
 
 MOST_EXPERTS = 8
@@ -56,8 +57,24 @@ def layout(config: Config) -> MoELayout:
         top_k=config.top_k,
         split=config.merge.split,
         shared=config.merge.shared_expert,
-        dense_layers=tuple(config.merge.dense_layers),
+        dense_layers=tuple(sorted(set(config.merge.dense_layers))),
     )
+
+
+def base_checkpoint(config: Config) -> Path:
+    """Folder of the public dense base that distillation starts from; by default the tiny base of the family.
+
+    Raises:
+        InputError: there is none, or it is not stored as plain weights of its class.
+    """
+    name = config.distill.base or families.get(config.family).tiny_base
+    if name is None:
+        fix = "--set distill.base=FOLDER_OR_HUB_NAME"
+        what = f"no base comes with the package for {config.family}"
+        raise InputError(what, where="distill.base", fix=fix, code="no-base")
+    folder = Path(resolve(name))
+    require_plain(folder, named_whole=True)
+    return folder
 
 
 def teachers_of_config(config: Config) -> list[Teacher]:
@@ -150,16 +167,17 @@ def with_base(config: Config, teachers: Sequence[Teacher]) -> Config:
     found = [
         (-teacher.weights, teacher.name, family, teacher.folder)
         for teacher in teachers if teacher.folder is not None
-        if (family := _family(config, teacher.config, (config.family,) if named else FAMILIES)) is not None
+        if (family := _family(config, teacher.config, (config.family,) if named else families.names())) is not None
     ]  # fmt: skip
     if found:
         _, _, family, folder = min(found)
         distill = config.distill.model_copy(update={"base": str(folder.resolve())})
         config = config.model_copy(update={"family": family, "distill": distill})
-    base = base_checkpoint(config.distill.base, config.family)
+    base = base_checkpoint(config)
     weights, largest = parameter_total(read_config(base)), max(teachers, key=lambda teacher: teacher.weights)
     if 2 * weights < largest.weights:
-        allowed = BASES[config.family] if named else "a dense llama, qwen2, qwen3, deepseek_v2 or deepseek_v3"
+        chosen = [config.family] if named else families.names()
+        allowed = "; ".join(f"for {name} {families.get(name).bases}" for name in chosen)
         raise InputError(
             f"the base {base.name} has {amount(weights)} weights, {largest.name} that it learns from "
             f"{amount(largest.weights)}",
@@ -194,7 +212,7 @@ def check(config: Config) -> None:
         InputError: it cannot become an MoE of the family, is not stored as plain weights, or holds NaN or infinite
             values.
     """
-    base = base_checkpoint(config.distill.base, config.family)
+    base = base_checkpoint(config)
     check_base(config.family, read_config(base))
     with TensorReader(base) as reader:
         formats.check_finite(((name, reader.get(name)) for name in reader.names()), base)
@@ -206,7 +224,7 @@ def describe(config: Config, teachers: Sequence[Teacher], word: str) -> list[str
     Args:
         word: what the teachers are, such as "devices".
     """
-    folder = base_checkpoint(config.distill.base, config.family)
+    folder = base_checkpoint(config)
     base = read_config(folder)
     size = parameter_count(moe_config(base, layout(config)))
     name = (

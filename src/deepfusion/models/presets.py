@@ -64,13 +64,7 @@ PRESETS: dict[str, Preset] = {
         "bloom",
         {"hidden_size": 1536, "n_layer": 24, "n_head": 16, "vocab_size": 250880},
     ),
-    **{
-        name: Preset()
-        for name in (
-            *("tiny-gpt2", "tiny-llama", "tiny-olmo", "tiny-bloom"),
-            *("tiny-qwen2", "tiny-qwen3", "tiny-deepseek", "tiny-deepseek-v2"),
-        )
-    },
+    **{file.parent.name: Preset() for file in sorted(TINY.glob("*/config.json"))},
     "tiny-gpt2-medium": Preset(deepened="tiny-gpt2"),
 }
 
@@ -133,26 +127,6 @@ def _download(type: str, hub: str, weights: bool = True) -> str:
         raise InputError(
             f"{hub} is not in the cache of the hub, and {why}", where=type, fix=fix, code="no-model"
         ) from None
-
-
-_TINY_BASES = {
-    "qwen2_moe": "tiny-qwen2",
-    "qwen3_moe": "tiny-qwen3",
-    "deepseek": "tiny-deepseek",
-    "deepseek_v2": "tiny-deepseek-v2",
-    "deepseek_v3": "tiny-deepseek-v2",
-}
-
-
-def base_checkpoint(base: str | None, family: str) -> Path:
-    """Folder of the public dense base that distillation starts from; None takes the tiny base of the family.
-
-    Raises:
-        InputError: there is none, or it is not stored as plain weights of its class.
-    """
-    folder = Path(resolve(base or _TINY_BASES[family]))
-    require_plain(folder, named_whole=True)
-    return folder
 
 
 def require_plain(folder: str | Path, named_whole: bool = False) -> Architecture:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from deepfusion.config import Config
-from deepfusion.families.moe import is_expert_name, pinned_parameters
+from deepfusion.families.base import is_expert_name, pinned_parameters
 from deepfusion.folders import remove, whole_folder
 from deepfusion.jobs import run_jobs
 from deepfusion.learning.corpus import read_corpus, reading_periods
