@@ -422,7 +422,7 @@ class Gone(importlib.abc.MetaPathFinder):
 for name in gone:
     sys.modules.pop(name, None)
 sys.meta_path.insert(0, Gone())
-import deepfusion.federation.join
+import deepfusion.federation.device.join
 from deepfusion.cli import main
 for line in LINES:
     sys.argv = ["deepfusion", *line]
