@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deepfusion.errors import InputError
+from deepfusion.folders import write_whole
 from deepfusion.names import DeviceId
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -502,9 +503,7 @@ def cluster_count(config: Config, devices: int, types: int) -> int:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the complete resolved config as YAML."""
-    path.write_text(
-        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), "utf-8"
-    )
+    write_whole(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def config_digest(config: Config, *keys: str) -> str:

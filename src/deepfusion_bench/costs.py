@@ -41,7 +41,7 @@ from deepfusion.models import compact
 from deepfusion.models.architecture import architecture, parameter_total
 from deepfusion.models.loading import load_tokenizer
 from deepfusion.models.presets import LORA_TARGETS, METHODS, model_config
-from deepfusion.pipeline import hardware
+from deepfusion.runfolder import hardware
 from deepfusion.text.rows import Document
 
 ROUNDS = 4
