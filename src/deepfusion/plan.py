@@ -43,7 +43,7 @@ class Plan:
             self._teachers = bases.teachers_of_survey(self._found)
             fitting = bases.with_experts(asked, len(self._found.models), 1)
             self.config = bases.with_base(fitting, self._teachers)
-        elif "data" in source.reads:
+        elif "private" in source.reads:
             self._word = "devices" if isinstance(asked.devices, list) else "types of devices"
             self._teachers = bases.teachers_of_config(asked)
             self.config = bases.with_base(asked, self._teachers)

@@ -17,7 +17,7 @@ from deepfusion.config import Config, known_keys, parse_config
 from deepfusion.digests import Digests, checkpoint_digest, tree_digest
 from deepfusion.errors import InputError
 from deepfusion.folders import KEY, write_whole
-from deepfusion.inputs import data_files, data_versions, device_types
+from deepfusion.inputs import data_files, data_versions, device_types, private_sources, public_sources
 from deepfusion.manifest import SCHEMA_VERSION, Key, Manifest
 from deepfusion.models.presets import base_checkpoint, checkpoint_version, hub_name
 
@@ -34,8 +34,8 @@ class Stage:
         inputs: by name, what it reads of the run folder.
         outputs: what it adds to the run folder.
         keys: the config keys that its result depends on; a section stands for all in it.
-        reads: what else it reads: text (`data`), the public checkpoints of devices (`types`) or of distillation
-            (`base`).
+        reads: what else it reads: `private` and test text, `public` text, the public checkpoints of devices
+            (`types`) or of distillation (`base`).
         revision: raised when the same settings and inputs come to another result.
     """
 
@@ -44,7 +44,7 @@ class Stage:
     inputs: dict[str, str]
     outputs: tuple[str, ...]
     keys: tuple[str, ...]
-    reads: tuple[Literal["data", "types", "base"], ...] = ()
+    reads: tuple[Literal["private", "public", "types", "base"], ...] = ()
     revision: int = 1
 
     @property
@@ -60,8 +60,9 @@ def stage_key(stage: Stage, config: Config, run: Path, digests: Digests) -> Key:
         run: the run folder.
     """
     inputs = {name: tree_digest(run / path, digests.sha256) for name, path in stage.inputs.items()}
-    if "data" in stage.reads:
-        inputs |= {f"data {name}": found for name, found in data_versions(config, digests.sha256).items()}
+    sources = private_sources(config) if "private" in stage.reads else []
+    sources += public_sources(config) if "public" in stage.reads else []
+    inputs |= {f"data {name}": found for name, found in data_versions(sources, digests.sha256).items()}
     if "types" in stage.reads:
         inputs |= {f"type {type}": checkpoint_version(type, digests.sha256) for type in device_types(config)}
     if "base" in stage.reads:
@@ -187,7 +188,7 @@ def _key_0(
     def value(key: str) -> Any:
         return functools.reduce(lambda section, part: section[part], key.split("."), values)
 
-    trains = stage.name != "device" or "data" in stage.reads
+    trains = stage.name != "device" or "private" in stage.reads
     keys = _KEYS_0.get(stage.name if trains else "given" if "given" in stage.inputs else "", ())
     chosen = json.dumps({key: value(key) for key in keys}, sort_keys=True)
     parts = [stage.name, version, hashlib.sha256(chosen.encode()).hexdigest() if keys else ""]
