@@ -80,7 +80,7 @@ def _change(before: JsonValue, now: JsonValue) -> str:
 
 
 def _other_inputs(before: Mapping[str, str], asked: Mapping[str, str]) -> list[str]:
-    """Names are `data PATH`, `type NAME`, `base`, or what a stage calls a part of the run folder."""
+    """Names are `data SOURCE`, `type NAME`, `base`, or what a stage calls a part of the run folder."""
     names = [
         name
         for name in sorted(before.keys() | asked.keys())
@@ -91,9 +91,9 @@ def _other_inputs(before: Mapping[str, str], asked: Mapping[str, str]) -> list[s
     kinds: dict[str, list[str]] = {}
     for name in names:
         kind, _, which = name.partition(" ")
-        kinds.setdefault(kind, []).append(which)
-    words = {"type": "checkpoints", "base": "base checkpoint"}
-    return [f"other {words.get(kind, kind)} {', '.join(which)}".rstrip(", ") for kind, which in kinds.items()]
+        kinds.setdefault(kind if which else "", []).append(which or kind)
+    words = {"type": "checkpoints ", "data": "data ", "": ""}
+    return [f"other {words[kind]}{', '.join(which)}" for kind, which in kinds.items()]
 
 
 class Outcome(BaseModel):
