@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from deepfusion import plugins
 from deepfusion.errors import InputError
+from deepfusion.folders import write_whole
 from deepfusion.names import DeviceId
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -528,9 +529,7 @@ def cluster_count(config: Config, devices: int, types: int) -> int:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the complete resolved config as YAML."""
-    path.write_text(
-        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), "utf-8"
-    )
+    write_whole(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def config_digest(config: Config, *keys: str) -> str:
@@ -549,10 +548,17 @@ def explain(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple
             yield from explain(kind, f"{key}.")
         else:
             default = None if field.is_required() else field.get_default(call_default_factory=True)
-            named = (m.func for m in field.metadata if isinstance(m, AfterValidator))
-            group = next((check.group for check in named if isinstance(check, Named)), None)
-            shown = " | ".join(plugins.names(group)) if group else _type_name(kind)
+            shown = " | ".join(plugins.names(NAMED[key])) if key in NAMED else _type_name(kind)
             yield key, shown, default, field.description or ""
+
+
+NAMED: dict[str, plugins.Group] = {
+    "family": "families",
+    "clustering.assignment": "clusterings",
+    "clustering.average": "averages",
+    "distill.method": "methods",
+}
+"""The keys that name something of `plugins`, with its group."""
 
 
 def known_keys() -> list[str]:

@@ -6,7 +6,7 @@ main file: worker processes read that again. docs/extending.md has an example of
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
 
@@ -42,9 +42,15 @@ def load(group: Group, name: str) -> Any:
 
 
 def qualified_name(found: Any) -> str:
-    """Where something comes from, as `module.name`: of an object that is no function or class its class."""
-    named = found if hasattr(found, "__qualname__") else type(found)
-    return f"{named.__module__}.{named.__qualname__}"
+    """Module and name of a function or class, with what a `partial` or an object's own functions bind to it."""
+    bound: list[Any] = []
+    if isinstance(found, partial):
+        found, bound = found.func, [*found.args, *found.keywords.values()]
+    elif not hasattr(found, "__qualname__"):
+        found, bound = type(found), [value for value in vars(found).values() if callable(value)]
+    name = f"{found.__module__}.{found.__qualname__}"
+    names = [qualified_name(value) if callable(value) else repr(value) for value in bound]
+    return f"{name}({', '.join(names)})" if names else name
 
 
 @lru_cache

@@ -43,7 +43,7 @@ from deepfusion.models import compact
 from deepfusion.models.architecture import architecture, parameter_total, read_config
 from deepfusion.models.loading import load_tokenizer
 from deepfusion.models.presets import LORA_TARGETS, METHODS, model_config
-from deepfusion.pipeline import hardware
+from deepfusion.runfolder import hardware
 from deepfusion.text.rows import Document
 
 ROUNDS = 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,11 @@ def test_an_own_average_decides(tmp_path: Path) -> None:
 
 def test_names_of_what_runs_say_where_it_is_from() -> None:
     assert plugins.qualified_name(Distiller) == "deepfusion.learning.distillation.Distiller"
-    assert plugins.qualified_name(Average(lambda entries: [])) == "deepfusion.stages.proxy.Average"
+    found = plugins.qualified_name(plugins.load("averages", "uniform"))
+    assert (
+        found
+        == "deepfusion.stages.proxy.Average(deepfusion.stages.proxy._alike, deepfusion.models.checkpoints.mean_of)"
+    )
+    assert plugins.qualified_name(partial(Distiller, 3)) == "deepfusion.learning.distillation.Distiller(3)"
     assert plugins.load("methods", "vaa") is Distiller
     assert json.loads(json.dumps(plugins.names("averages"))) == ["tokens", "uniform"]

@@ -20,7 +20,7 @@ from deepfusion.errors import InputError
 from deepfusion.folders import write_whole
 from deepfusion.jobs import run_jobs
 from deepfusion.learning.metrics import bits_per_byte_of_each
-from deepfusion.models.loading import context_limit, load_model, load_tokenizer
+from deepfusion.models.loading import compute_device, context_limit, load_model, load_tokenizer
 from deepfusion.text.overlap import overlap
 from deepfusion.text.rows import Document, from_row, to_row
 from deepfusion.text.splits import Splits
@@ -136,8 +136,7 @@ def read_corpus(path: Path) -> list[Window]:
 def sample_texts(folder: Path, count: int, max_chars: int, seed: int, precision: str) -> list[str]:
     """Texts drawn from a model at temperature 1, from the start-of-text token to its end token or the length limit."""
     model, tokenizer = load_model(folder, precision).eval(), load_tokenizer(folder)
-    if torch.cuda.is_available():
-        model.to("cuda")
+    torch.nn.Module.to(model, compute_device())
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     limit = min((context_limit(model) or max_chars) - 1, max(16, max_chars // 3))
     torch.manual_seed(seed)

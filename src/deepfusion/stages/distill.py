@@ -24,7 +24,13 @@ from deepfusion.learning.order import reading_order
 from deepfusion.learning.training import train
 from deepfusion.models.architecture import parameter_total, read_config
 from deepfusion.models.checkpoints import numbered
-from deepfusion.models.loading import context_limit, load_model, load_tokenizer, resolve_precision
+from deepfusion.models.loading import (
+    compute_device,
+    context_limit,
+    load_model,
+    load_tokenizer,
+    resolve_precision,
+)
 from deepfusion.report.artefacts import write_model_card
 from deepfusion.text.splits import make_splits
 
@@ -120,7 +126,7 @@ def distill(
     if (out / "config.json").is_file():
         return None
     settings = config.distill
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = compute_device()
     tokenizer = load_tokenizer(start)
     student = load_model(start, "fp32")
     precision = resolve_precision(config.precision, student.config)

@@ -17,7 +17,13 @@ from deepfusion.learning.order import reading_order
 from deepfusion.learning.training import train
 from deepfusion.models.architecture import read_config
 from deepfusion.models.checkpoints import numbered
-from deepfusion.models.loading import context_limit, load_model, load_tokenizer, resolve_precision
+from deepfusion.models.loading import (
+    compute_device,
+    context_limit,
+    load_model,
+    load_tokenizer,
+    resolve_precision,
+)
 from deepfusion.report.artefacts import write_final_card, write_model_card
 
 
@@ -68,7 +74,7 @@ def tune(
     if (out / "config.json").is_file():
         return {}
     settings = config.tune
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = compute_device()
     tokenizer = load_tokenizer(start)
     student = load_model(start, "fp32")
     precision = resolve_precision(config.precision, student.config)

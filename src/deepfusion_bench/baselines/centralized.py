@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from deepfusion import __version__
 from deepfusion.config import Config
 from deepfusion.folders import bind
 from deepfusion.inputs import request
@@ -32,7 +33,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     Returns:
         {"documents" (windows of private text), "steps"} and the last logged losses.
     """
-    bind(out, request(config, inputs["start"], __name__), out / "moe", out / "work")
+    bind(out, request(config, inputs["start"], __version__, __name__), out / "moe", out / "work")
     splits = make_splits(config)
     windows = [
         Window(piece, "private")

@@ -42,7 +42,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from deepfusion import progress
+from deepfusion import __version__, progress
 from deepfusion.config import Config, Section
 from deepfusion.errors import InputError
 from deepfusion.families.base import (
@@ -62,7 +62,13 @@ from deepfusion.learning.order import reading_order, training_steps
 from deepfusion.learning.training import train
 from deepfusion.models.architecture import stored_dtype
 from deepfusion.models.checkpoints import WEIGHTS
-from deepfusion.models.loading import context_limit, load_model, load_tokenizer, resolve_precision
+from deepfusion.models.loading import (
+    compute_device,
+    context_limit,
+    load_model,
+    load_tokenizer,
+    resolve_precision,
+)
 from deepfusion.report.artefacts import write_model_card
 from deepfusion.text.splits import make_splits
 from deepfusion.text.windows import cut_windows
@@ -113,7 +119,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path, settings: FedJETS = 
         InputError: no private data, or a start that cannot be pruned (`fedjets-family`).
     """
     done, work = out / "fedjets.json", out / "work"
-    bind(out, request(config, inputs["start"], __name__, settings.model_dump_json()), done, work, out / "moe")
+    asked = request(config, inputs["start"], __version__, __name__, settings.model_dump_json())
+    bind(out, asked, done, work, out / "moe")
     if not done.is_file():
         with _short_trainings():
             summary = _all_rounds(config, inputs["start"], out, settings)
@@ -298,7 +305,7 @@ def _all_rounds(config: Config, start: Path, out: Path, settings: FedJETS) -> di
     """All rounds from the last that is stored below `out`/work; writes the result."""
     work, dtype = out / "work", stored_dtype(start)
     tokenizer, moe = load_tokenizer(start), load_model(start, "fp32")
-    nn.Module.to(moe, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    nn.Module.to(moe, compute_device())
     kept = min(settings.experts_per_device, config.experts)
     compact = compact_model(moe, config.experts, kept)
     split = _routed_experts(moe)[1] // config.experts
