@@ -552,12 +552,17 @@ def explain(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple
             yield key, shown, default, field.description or ""
 
 
-NAMED: dict[str, plugins.Group] = {
-    "family": "families",
-    "clustering.assignment": "clusterings",
-    "clustering.average": "averages",
-    "distill.method": "methods",
-}
+def _named(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, plugins.Group]]:
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _named(kind, f"{prefix}{name}.")
+        for check in field.metadata:
+            if isinstance(check, AfterValidator) and isinstance(check.func, Named):
+                yield f"{prefix}{name}", check.func.group
+
+
+NAMED = dict(_named(Config))
 """The keys that name something of `plugins`, with its group."""
 
 
