@@ -267,7 +267,7 @@ def test_preferences_are_mean_router_probabilities_whatever_the_padding(zoo, tmp
     assert list(together) == [0, 1]
     alone = [preferences(moe, tokenizer, [document], BASES) for document in documents]
     counts = torch.tensor(
-        [len(tokenizer(d.example.text).input_ids) + 2.0 for d in documents], dtype=torch.float64
+        [len(tokenizer(d.document.text).input_ids) + 2.0 for d in documents], dtype=torch.float64
     )
     for layer, shares in together.items():
         assert shares.sum().item() == pytest.approx(1)
