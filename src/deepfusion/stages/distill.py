@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from deepfusion import progress
-from deepfusion.config import Config
+from deepfusion.config import Config, effective_handover
 from deepfusion.families.moe import check_base
 from deepfusion.folders import remove, whole_folder
 from deepfusion.jobs import run_jobs
@@ -148,7 +148,7 @@ def distill(
             precision=precision,
             seed=config.seed,
             checkpoint_seconds=config.checkpoint_seconds,
-            end_share=settings.handover,
+            end_share=effective_handover(config),
         )
     with whole_folder(out) as part:
         student.eval().save_pretrained(part)
