@@ -15,7 +15,7 @@ MODULES = sorted(p for p in SOURCE.rglob("*.py") if p.name not in ("__init__.py"
 FLOOR = ("errors", "names", "config", "progress", "digests", "folders", "jobs", "tiny")
 ROOMS = (
     *("text", "inputs", "models", "uploads", "families", "learning", "report", "judge"),
-    *("stages", "pipeline", "federation", "cli", "bench"),
+    *("stages", "pipeline", "api", "federation", "cli", "bench"),
 )
 
 
