@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, get_args
 
+from deepfusion import progress
 from deepfusion.config import Config, Encoding, load_config
 from deepfusion.models.compact import DELTA, open_base, open_whole, write_delta
 from deepfusion.stages import evaluate, proxy, registry
@@ -135,4 +136,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    progress.to_terminal()
     main()

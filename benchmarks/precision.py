@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from deepfusion import progress
 from deepfusion.learning.corpus import Window
 from deepfusion.learning.distillation import Collator, Distiller, LossWeights
 from deepfusion.learning.order import reading_order
@@ -117,4 +118,5 @@ texts. So `precision: auto` takes bf16 on a CPU for models at least {BF16_WIDTH}
 
 
 if __name__ == "__main__":
+    progress.to_terminal()
     main()

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from deepfusion import pipeline
+from deepfusion import pipeline, progress
 from deepfusion.config import RECIPES, load_config
 
 HERE = Path(__file__).parent
@@ -112,4 +112,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    progress.to_terminal()
     main()

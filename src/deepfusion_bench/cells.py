@@ -213,6 +213,7 @@ def _run(cell: Cell, devices_only: bool, runs: Path, results: Path) -> None:
     with (
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stderr(nowhere),
+        progress.unheard(),
     ):  # their lines are in each run's log.txt
         uploads = _uploads(cell, runs)
         if not METHODS[cell.method].alone:

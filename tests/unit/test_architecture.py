@@ -17,7 +17,7 @@ FLOOR = (
 )
 ROOMS = (
     *("text", "inputs", "models", "uploads", "families", "learning", "report", "judge"),
-    *("resume", "runfolder", "plan", "stages", "pipeline", "federation", "cli", "bench"),
+    *("resume", "runfolder", "plan", "stages", "pipeline", "api", "federation", "cli", "bench"),
 )
 
 

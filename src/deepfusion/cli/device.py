@@ -135,6 +135,9 @@ def device_join(
         raise InputError(
             "give either --data or --upload", allowed="--data FILE.jsonl | --upload FOLDER", code="bad-input"
         )
+    if upload is not None and (type or memory):
+        what = "--type and --memory are for a training, which --upload does without"
+        raise InputError(what, fix="leave them out, or give --data", code="bad-usage")
     receipt = join(
         server, home, folder=upload or out, data=data, ca=ca, ca_sha256=ca_sha256, type=type, memory=memory
     )  # fmt: skip

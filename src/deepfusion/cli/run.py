@@ -34,9 +34,9 @@ def run_command(
     json_: Json = False,
 ) -> None:
     """Simulate the whole federation: devices, clusters, proxies, bases, MoE, evaluation, report."""
-    from deepfusion import pipeline
+    from deepfusion import api
 
-    pipeline.run(load_config(config, set or []), out, first=first, last=last)
+    api.run(load_config(config, set or []), out, first=first, last=last)
     print_outcome(out, json_)
 
 
@@ -53,11 +53,9 @@ def fuse(
     json_: Json = False,
 ) -> None:
     """Make one MoE of models that exist already; needs no text at all by default."""
-    from deepfusion import pipeline
-    from deepfusion.config import CONFIGS
+    from deepfusion import api
 
-    settings = load_config(config or CONFIGS / "fuse.yaml", set or [])
-    pipeline.run(settings, out, instead=[pipeline.given(uploads)], first=first, last=last)
+    api.fuse(uploads, out, config=config, overrides=set or [], first=first, last=last)
     print_outcome(out, json_)
 
 

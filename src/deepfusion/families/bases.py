@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from deepfusion.config import Config, cluster_count
+from deepfusion.config import Config, cluster_count, effective_proxies
 from deepfusion.errors import InputError
 from deepfusion.families import base as families
 from deepfusion.families.base import MoELayout, check_base, moe_config, parameter_count
@@ -197,7 +197,7 @@ def with_experts(config: Config, count: int, types: int) -> Config:
     """
     if "experts" not in config.model_fields_set:
         experts = min(count, MOST_EXPERTS)
-        if types > max(experts, min(config.clustering.proxies or experts, count)):
+        if types > effective_proxies(config, experts, count):
             experts = types  # each type needs a cluster
         top_k = config.top_k if "top_k" in config.model_fields_set else min(config.top_k, experts)
         config = config.model_copy(update={"experts": experts, "top_k": top_k})

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from deepfusion import plugins, progress
-from deepfusion.config import Config
+from deepfusion.config import Config, effective_handover
 from deepfusion.families.base import check_base
 from deepfusion.families.bases import base_checkpoint
 from deepfusion.folders import remove, whole_folder
@@ -156,7 +156,7 @@ def distill(
             precision=precision,
             seed=config.seed,
             checkpoint_seconds=config.checkpoint_seconds,
-            end_share=settings.handover,
+            end_share=effective_handover(config),
         )
     with whole_folder(out) as part:
         student.eval().save_pretrained(part)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from deepfusion.config import Config
+from deepfusion.config import Config, effective_handover
 from deepfusion.families.base import is_expert_name, pinned_parameters
 from deepfusion.folders import remove, whole_folder
 from deepfusion.jobs import run_jobs
@@ -39,7 +39,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     moe.mkdir(parents=True, exist_ok=True)
     proxies = dict(enumerate(numbered(inputs["proxies"]))) if config.tune.teachers else {}
     corpus = inputs["bases"] / "corpus.jsonl"
-    start_share = config.distill.handover or 1.0
+    start_share = effective_handover(config) or 1.0
     jobs = [
         {"config": config, "start": inputs["merged"], "corpus": corpus, "proxies": proxies, "samples": True,
          "unit": "moe", "out": moe / "final", "work": out / "work" / "final", "start_share": start_share},
