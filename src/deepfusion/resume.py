@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from deepfusion import plugins, progress
-from deepfusion.config import NAMED, Config, known_keys, parse_config
+from deepfusion.config import NAMED, Config, effective_handover, known_keys, parse_config
 from deepfusion.digests import Digests, checkpoint_digest, tree_digest
 from deepfusion.errors import InputError
 from deepfusion.families.bases import base_checkpoint
@@ -82,6 +82,10 @@ def stage_key(stage: Stage, config: Config, run: Path, digests: Digests) -> Key:
     )
 
 
+# What stages make of a value that adapts to others.
+_EFFECTIVE: dict[str, Callable[[Config], Any]] = {"distill.handover": effective_handover}
+
+
 def _settings(config: Config, keys: tuple[str, ...]) -> dict[str, Any]:
     """The values of config keys and of all keys in sections; long ones as their digest."""
     found = {}
@@ -90,6 +94,8 @@ def _settings(config: Config, keys: tuple[str, ...]) -> dict[str, Any]:
             value: Any = config
             for part in key.split("."):
                 value = getattr(value, part)
+            if key in _EFFECTIVE:
+                value = _EFFECTIVE[key](config)
             if key == "devices" and isinstance(
                 value, list
             ):  # a key that devices get later is no change of them

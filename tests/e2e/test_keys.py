@@ -28,15 +28,18 @@ OF_THE_TEXT = {
 }
 OF_THE_CARD = {
     key: "stands on the model card alone, which the report stage writes again"
-    for key in ("recipe", "family", "top_k", "distill.base", "distill.steps", "data.public")
-}
+    for key in ("recipe", "family", "top_k", "distill.base", "data.public")
+} | {"distill.steps": "on the card, and in the effective distill.handover"}
 UNDECLARED = {
     "device": {
         **OF_THE_TEXT,
         "experts": "refuses too few devices before they train",
         "clustering.proxies": "refuses too few devices before they train",
     },
-    "distill": OF_THE_TEXT,
+    "distill": {
+        **OF_THE_TEXT,
+        "tune.steps": "whether there are any, which the effective distill.handover says",
+    },
     "evaluate": OF_THE_TEXT,
     "tune": OF_THE_CARD,
 }
