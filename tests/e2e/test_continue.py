@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from conftest import digests, write_config
-from deepfusion import pipeline
+from deepfusion import pipeline, plugins
 from deepfusion.config import Config, load_config
 from deepfusion.errors import InputError
+from deepfusion.learning.distillation import Distiller
 from deepfusion.manifest import Key, Manifest
 from deepfusion.pipeline import NAMES
 from deepfusion.stages import distill
@@ -156,6 +157,23 @@ def test_another_function_or_revision_in_place_of_a_stage_is_noticed():
     assert found["distill"].endswith(".one_way)")
     found = go_on(instead=[replace(stage, run=other_way, revision=2)], last="distill")
     assert found["distill"] == "begins anew: revision 2 of the stage (it was 1)"
+
+
+class OneMethod(Distiller):
+    """What a package adds as the method `own`."""
+
+
+class OtherMethod(Distiller):
+    """What it has become."""
+
+
+def test_another_method_of_the_same_name_is_noticed(monkeypatch):
+    monkeypatch.setattr(plugins, "_registered", dict(plugins._registered))
+    plugins.register("methods", "own", OneMethod)
+    go_on("distill.method=own", last="distill")
+    assert "distill" in kept(go_on("distill.method=own", last="distill"))
+    plugins.register("methods", "own", OtherMethod)
+    assert go_on("distill.method=own", last="distill")["distill"] == "begins anew: other distill.method"
 
 
 def test_a_moved_base_of_the_same_content_is_the_same_to_merge_and_evaluate():
