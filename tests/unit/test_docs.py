@@ -22,7 +22,11 @@ from deepfusion.config import CONFIGS, load_config
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src"
-DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+DOCS = sorted([*ROOT.glob("*.md"), *PAGES, *(ROOT / "benchmarks").glob("*.md")])
+WRITTEN = [
+    doc for doc in DOCS if doc.parent.name != "benchmarks" or doc.stem == "experiments"
+]  # not by a program
 SMALLEST = ["device.steps=3", "distill.steps=8", "tune.steps=1", "data.sampled_documents=2", "jobs=1"]
 
 
@@ -117,7 +121,7 @@ def _codes_of_the_source() -> set[str]:
 
 def test_every_error_code_is_documented_and_exists() -> None:
     documented = re.findall(
-        r"^\| `([a-z0-9-]+)` \|", (ROOT / "docs" / "errors.md").read_text("utf-8"), re.MULTILINE
+        r"^\| `([a-z0-9-]+)` \|", (ROOT / "docs" / "reference" / "errors.md").read_text("utf-8"), re.MULTILINE
     )
     codes = _codes_of_the_source()
     assert len(documented) == len(set(documented)), "a code stands twice"
@@ -162,10 +166,25 @@ def test_make_targets_exist() -> None:
     assert {"demo", "test"} <= named <= targets
 
 
-def test_readme_shows_the_example() -> None:
-    shown = _blocks(ROOT / "README.md", "python")
+def test_the_researchers_guide_shows_the_example() -> None:
+    shown = _blocks(ROOT / "docs" / "guides" / "researcher.md", "python")
     _, _, code = (ROOT / "examples" / "python_api.py").read_text("utf-8").partition('"""\n\n')
     assert shown == [code]
+
+
+@pytest.mark.parametrize(("doc", "most"), [("README.md", 1000), ("docs/method.md", 1500)])
+def test_documents_that_many_read_are_short(doc: str, most: int) -> None:
+    assert len((ROOT / doc).read_text("utf-8").split()) <= most
+
+
+def test_the_method_has_no_spreads() -> None:
+    assert "±" not in (ROOT / "docs" / "method.md").read_text("utf-8"), "experiments stand in benchmarks"
+
+
+@pytest.mark.parametrize("doc", WRITTEN, ids=_name)
+def test_lines_of_prose_are_at_most_120_long(doc: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", doc.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    assert [line for line in text.splitlines() if len(line) > 120 and not line.startswith("|")] == []
 
 
 @pytest.mark.slow
