@@ -32,14 +32,12 @@ LINK = re.compile(r"\[([^\]]*)\]\((?!https?:)([^)\s#]+)(#[^)\s]*)?\)")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put the pages of the Python API into the navigation, and the guides that there are."""
+    """Put the pages of the Python API into the navigation."""
     assert config.nav is not None
     api = [f"{API}/index.md", *({room: f"{API}/{room}.md"} for room in _rooms())]
     for section in config.nav:
         if "Reference" in section:
             section["Reference"].append({"Python API": api})
-        if "Guides" in section and (DOCS / "extending.md").is_file():
-            section["Guides"].append({"Extending": "extending.md"})
     return config
 
 
