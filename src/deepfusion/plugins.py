@@ -1,7 +1,7 @@
 """What can be added without a fork: families, distillation methods, clusterings and averages, each found by its name.
 
 A package adds one by an entry point of the group `deepfusion.GROUP`, a program by `register`, at the top level of its
-main file: worker processes read that again. docs/extending.md has an example of each.
+main file: worker processes read that again. docs/guides/extending.md has an example of each.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Every layout is *function preserving*: K identical bases give the base's own log
 into m slices of its inner dimension, each a routed expert with its down-projection times m; the slices of a base share
 one router row, so top-(m*k) picks whole FFNs. What makes the weights of the chosen experts add up to 1 is the family's
 own matter, as is all else that depends on its class. A family is one object in one file, found by its name through
-`get`; docs/extending.md shows how to add one.
+`get`; docs/guides/extending.md shows how to add one.
 """
 
 from __future__ import annotations
