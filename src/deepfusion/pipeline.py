@@ -30,7 +30,7 @@ from deepfusion.errors import InputError
 from deepfusion.families import bases
 from deepfusion.families.base import moe_config
 from deepfusion.families.bases import base_checkpoint
-from deepfusion.folders import LOCK, claim_run, is_run, locked, make, open_work, remove, sync, write_whole
+from deepfusion.folders import LOCK, claim_run, is_run, locked, make, open_work, remove, standing, sync, write_whole
 from deepfusion.inputs import data_files, device_types, local_inputs
 from deepfusion.learning.memory import estimate_training_bytes, require_memory
 from deepfusion.models.architecture import parameter_total, read_config
@@ -175,6 +175,7 @@ def run(
     shown, out = out, claim_run(out, [*local_inputs(config), *given_paths])
     asked, found = config, _given_models(stages[0])
     config, teachers, word = _prepared(asked, stages[0], found)
+    _check_feasible(config, out)  # before anything is made: what is refused leaves nothing behind
     make(out)
     busy = InputError(
         "another process works in this run folder", where=out, fix="wait for it", code="run-busy"
@@ -182,7 +183,6 @@ def run(
     with locked(out / LOCK, busy):
         manifest = _open_manifest(out, config)
         _refuse_another_federation(manifest, stages[0], config, out, first)
-        _check_feasible(config, out)
         _write_manifest(out, manifest)  # from here on the folder is ours
         save_config(config, out / "config.yaml")
         progress.attach(out)
@@ -441,7 +441,7 @@ def _check_feasible(config: Config, out: Path) -> None:
     # K bases, a trunk, the merged MoE, its control and the tuned two, and the checkpoints of a training (weights, two
     # moments).
     disk = (config.experts + 1) * weights + 4 * config.experts * weights + 6 * config.experts * weights
-    free = shutil.disk_usage(out).free
+    free = shutil.disk_usage(standing(out)).free
     if disk > free:
         what = f"the run needs about {disk / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free"
         raise InputError(what, where=out, code="too-little-disk")

@@ -228,6 +228,11 @@ def test_what_cannot_be_fused_is_refused_before_any_work(zoo, tmp_path, invoke):
     assert done.code == 2
     assert done.err.splitlines()[-1].endswith("[base-too-small]")
     assert not (tmp_path / "run").exists()
+    shutil.rmtree(given / "gpt2")
+    done = invoke("fuse", given, "--out", tmp_path / "new" / "run", *FAST, "--set", "top_k=9")
+    assert done.code == 2
+    assert done.err.splitlines()[-1].endswith("[layout-top-k]")
+    assert not (tmp_path / "new").exists()
 
 
 def test_plan(zoo, settings, invoke):
