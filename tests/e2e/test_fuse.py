@@ -193,8 +193,8 @@ def test_every_model_in_comes_out_or_is_named_with_its_reason(zoo, tmp_path, inv
 
 def test_experts_are_counted_when_it_is_known_who_is_sound(zoo, tmp_path, invoke):
     given = tmp_path / "given"
-    for number in range(3):
-        save_model(given / f"m{number}", zoo["mini-llama"], number)
+    for number, folder in enumerate(("m0", "m1", "m2/checkpoint-7")):
+        save_model(given / folder, zoo["mini-llama"], number)
     shutil.copytree(given / "m0", given / "twin")
     (given / "torn").mkdir()
     (given / "torn" / "config.json").write_text("{}")
@@ -202,6 +202,7 @@ def test_experts_are_counted_when_it_is_known_who_is_sound(zoo, tmp_path, invoke
     assert done.code == 0, done.err
     clusters = json.loads((tmp_path / "run" / "clusters.json").read_text("utf-8"))
     assert (clusters["experts"], len(clusters["clusters"])) == (3, 3)
+    assert "[device m2] sampled 64/64 texts" in done.err, "not by the name of its folder, checkpoint-7"
     done = invoke("fuse", given, "--out", tmp_path / "run", *FAST, "--set", "experts=5", "--until", "cluster")
     line = done.err.splitlines()[-1]
     assert done.code == 2
