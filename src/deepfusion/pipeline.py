@@ -186,9 +186,10 @@ def run(
         _write_manifest(out, manifest)  # from here on the folder is ours
         save_config(config, out / "config.yaml")
         progress.attach(out)
-        about = f"recipe {config.recipe}, {config.experts} experts of {config.family}"
+        about = f"recipe {config.recipe}" + (f", {len(found.models)} models given" if found else "")
         progress.say(f"deepfusion {__version__}: {about}, run folder {shown}")
-        told = _say(bases.describe(config, teachers, word), ())
+        plan = bases.describe(config, teachers, word)
+        told = _say([f"if all are sound: {line}" for line in plan] if found else plan, ())
         redo = False
         for stage in stages:
             if stage.name == "cluster":

@@ -203,6 +203,12 @@ def test_experts_are_counted_when_it_is_known_who_is_sound(zoo, tmp_path, invoke
     clusters = json.loads((tmp_path / "run" / "clusters.json").read_text("utf-8"))
     assert (clusters["experts"], len(clusters["clusters"])) == (3, 3)
     assert "[device m2] sampled 64/64 texts" in done.err, "not by the name of its folder, checkpoint-7"
+    before, _, after = done.err.partition("[registry] ")
+    assert "recipe fused, 5 models given, run folder " in before
+    assert "\nif all are sound: base " in before
+    assert "\nif all are sound: models: 4 llama (" in before, "the fifth cannot be read"
+    assert "\nbase " not in before
+    assert "\nmodels: 3 llama (" in after
     done = invoke("fuse", given, "--out", tmp_path / "run", *FAST, "--set", "experts=5", "--until", "cluster")
     line = done.err.splitlines()[-1]
     assert done.code == 2
