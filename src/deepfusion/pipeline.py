@@ -30,7 +30,18 @@ from deepfusion.errors import InputError
 from deepfusion.families import bases
 from deepfusion.families.base import moe_config
 from deepfusion.families.bases import base_checkpoint
-from deepfusion.folders import LOCK, claim_run, is_run, locked, make, open_work, remove, standing, sync, write_whole
+from deepfusion.folders import (
+    LOCK,
+    claim_run,
+    is_run,
+    locked,
+    make,
+    open_work,
+    remove,
+    standing,
+    sync,
+    write_whole,
+)
 from deepfusion.inputs import data_files, device_types, local_inputs
 from deepfusion.learning.memory import estimate_training_bytes, require_memory
 from deepfusion.models.architecture import parameter_total, read_config

@@ -133,9 +133,7 @@ def read_corpus(path: Path) -> list[Window]:
     return windows
 
 
-def sample_texts(
-    folder: Path, count: int, max_chars: int, seed: int, precision: str, who: str
-) -> list[str]:
+def sample_texts(folder: Path, count: int, max_chars: int, seed: int, precision: str, who: str) -> list[str]:
     """Texts drawn from a model at temperature 1, from the start-of-text token to its end token or the length limit.
 
     Args:
