@@ -128,8 +128,7 @@ def run(
         plan.check(out)
         folder.begin(plan.config)
         progress.attach(out)
-        about = f"recipe {config.recipe}, {plan.config.experts} experts of {plan.config.family}"
-        progress.say(f"deepfusion {__version__}: {about}, run folder {shown}")
+        progress.say(f"deepfusion {__version__}: recipe {config.recipe}, {plan.about}, run folder {shown}")
         plan.say()
         redo = False
         for stage in stages:

@@ -34,11 +34,11 @@ class Plan:
     """
 
     def __init__(self, asked: Config, source: Stage) -> None:
-        self._asked, self._found, self._told = asked, None, set[str]()
+        self._asked, self._found, self._told, self._if_sound = asked, None, set[str](), ""
         self._teachers: list[bases.Teacher] = []
         if "given" in source.inputs:
             late = source.inputs.get("late")
-            self._word = "models"
+            self._word, self._if_sound = "models", "if all are sound: "
             self._found = survey(Path(source.inputs["given"]), Path(late) if late is not None else None)
             self._teachers = bases.teachers_of_survey(self._found)
             fitting = bases.with_experts(asked, len(self._found.models), 1)
@@ -50,6 +50,13 @@ class Plan:
         else:  # they came from elsewhere, and the registry will tell
             self._word, self.config = "uploads", asked
 
+    @property
+    def about(self) -> str:
+        """What is known for certain before any work."""
+        if self._found is not None:
+            return f"{len(self._found.models)} models given"
+        return f"{self.config.experts} experts of {self.config.family}"
+
     def settle(self, run: Path) -> None:
         """Make the config final once the registry of a run folder has checked every model.
 
@@ -57,10 +64,12 @@ class Plan:
             InputError: too few sound models, or a base that is too small for them.
         """
         self.config, self._teachers = bases.settled(self._asked, run, self._found)
+        self._if_sound = ""
 
     def say(self) -> None:
         """Tell what was not told before."""
-        for line in bases.describe(self.config, self._teachers, self._word):
+        lines = bases.describe(self.config, self._teachers, self._word)
+        for line in (f"{self._if_sound}{line}" for line in lines):
             if line not in self._told:
                 progress.say(line)
                 self._told.add(line)

@@ -230,7 +230,7 @@ def describe(config: Config, teachers: Sequence[Teacher], word: str) -> list[str
     name = (
         config.distill.base if config.distill.base and not Path(config.distill.base).exists() else folder.name
     )
-    moe = f"{amount(size['total'])} weights, {amount(size['active'])} active per token"
+    moe = f"{amount(size['total'])} weights, {amount(size['active'])} active per token, {config.family}"
     lines = [f"base {name}: {amount(parameter_total(base))} weights; MoE of {config.experts} experts: {moe}"]
     kinds = Counter((teacher.type, teacher.weights) for teacher in teachers)
     if kinds:

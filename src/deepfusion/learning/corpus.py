@@ -133,8 +133,12 @@ def read_corpus(path: Path) -> list[Window]:
     return windows
 
 
-def sample_texts(folder: Path, count: int, max_chars: int, seed: int, precision: str) -> list[str]:
-    """Texts drawn from a model at temperature 1, from the start-of-text token to its end token or the length limit."""
+def sample_texts(folder: Path, count: int, max_chars: int, seed: int, precision: str, who: str) -> list[str]:
+    """Texts drawn from a model at temperature 1, from the start-of-text token to its end token or the length limit.
+
+    Args:
+        who: what the person who waits knows the model as, such as "device ward"; its folder may be called anything.
+    """
     model, tokenizer = load_model(folder, precision).eval(), load_tokenizer(folder)
     torch.nn.Module.to(model, compute_device())
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -149,7 +153,7 @@ def sample_texts(folder: Path, count: int, max_chars: int, seed: int, precision:
                 max_new_tokens=limit, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
             )  # fmt: skip
         texts += tokenizer.batch_decode(ids[:, 1:], skip_special_tokens=True)
-        progress.say(f"[distill sample {folder.name}] {len(texts)}/{count} texts")
+        progress.say(f"[{who}] sampled {len(texts)}/{count} texts")
     return [text for text in (t.strip() for t in texts) if len(text) > 16]
 
 
@@ -157,7 +161,8 @@ def _sampled(config: Config, proxies: list[Path], counts: list[int], work: Path)
     asked = [number for number, count in enumerate(counts) if count]
     jobs = [
         {"folder": proxies[number], "count": counts[number], "max_chars": config.data.max_chars,
-         "seed": config.seed * 1000 + number, "precision": config.precision, "cache": work / f"sampled-{number}.json"}
+         "seed": config.seed * 1000 + number, "precision": config.precision, "who": f"proxy {number}",
+         "cache": work / f"sampled-{number}.json"}
         for number in asked
     ]  # fmt: skip
     windows = []

@@ -172,8 +172,11 @@ def read_card(folder: Path) -> Card:
         raise InputError("there is no card", where=path, fix=fix, code="card-missing") from None
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part)[:60] for part in first["loc"]) or "card"
-        raise InputError(f"{field}: {first['msg'][:200]}", where=path, code="card-invalid") from None
+        field = ".".join(str(part)[:60] for part in first["loc"])
+        said = first["msg"][:200]
+        # The card is named here too: who is told why an upload was set aside does not see the path.
+        what = f"the card is wrong at {field}: {said}" if field else f"the card is damaged: {said}"
+        raise InputError(what, where=path, fix="make the upload again", code="card-invalid") from None
 
 
 def weights_digest(card: Card) -> str:
