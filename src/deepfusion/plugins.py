@@ -10,23 +10,36 @@ from functools import lru_cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
 
+from deepfusion.errors import InputError
+
 Group = Literal["families", "methods", "clusterings", "averages"]
 _registered: dict[tuple[str, str], Any] = {}
 
 
 def register(group: Group, name: str, found: Any) -> None:
-    """Add something to this process, in place of what has that name.
+    """Add something to this process.
 
     Raises:
-        ValueError: the name holds other signs than letters, digits, `-` and `_`.
+        ValueError: the name holds other signs than letters, digits, `-` and `_`, or an installed package has it.
     """
+    if name in _declared(group):
+        raise ValueError(f"{name!r} of {group} is there already")
     if not name.replace("-", "").replace("_", "").isalnum():
         raise ValueError(f"{name!r} is no name of a {group}")
     _registered[group, name] = found
 
 
 def names(group: Group) -> list[str]:
-    """All that is there, sorted."""
+    """All that is there, sorted.
+
+    Raises:
+        InputError: there is nothing, not even of this package.
+    """
+    if not _declared(group):
+        what = f"no {group} are installed: Python knows no installed package deepfusion of this version"
+        raise InputError(
+            what, fix="pip install deepfusion, or make install in its repository", code="not-installed"
+        )
     return sorted({*_declared(group), *(name for of, name in _registered if of == group)})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -44,7 +46,6 @@ from deepfusion.families.base import (
     router_logits_by_layer,
 )
 from deepfusion.families.deepseek import export_deepseek_v1
-from deepfusion.families.mixtral import Mixtral
 from deepfusion.models.checkpoints import TensorReader, TensorWriter
 
 # A Qwen2Moe without shared experts has empty weights, which torch remarks on.
@@ -478,32 +479,30 @@ def test_deepseek_v1_export_refuses_what_it_cannot_express(bases, tmp_path):
     assert not (tmp_path / "v1" / "config.json").exists()
 
 
-class HouseMoe(Mixtral):
-    """What another package would add: all that it needs is the protocol."""
-
-    name = "house_moe"
-    bases = "mistral of two layers"
-
-    def fits(self, base: PretrainedConfig) -> bool:
-        return base.model_type == "mistral" and base.num_hidden_layers == 2
-
-
-def test_a_family_of_another_package_is_one_like_all(bases, tmp_path):
-    plugins.register("families", "house_moe", HouseMoe())
+def test_a_family_of_a_program_of_ones_own_is_one_like_all(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
+    before = dict(plugins._registered)
     try:
-        assert "house_moe" in names()
-        assert load_config(None, ["family=house_moe", "distill.base=x"]).family == "house_moe"
-        models, folders = bases["mixtral"]
-        layout = MoELayout("house_moe", K, 2, split=2)
-        moe = merge(layout, [folders[0]] * K, models[0].config, tmp_path)
-        with torch.no_grad():
-            assert (models[0](tokens()).logits - moe(tokens()).logits).abs().max() < 1e-5
-        with pytest.raises(InputError, match="mistral of two layers"):
-            check_base("house_moe", base_config("mixtral", num_hidden_layers=3))
+        import own_family
+
+        assert own_family.FlexOlmo.name in names()
+        assert load_config(None, ["family=flex_olmo", "distill.base=x"]).family == "flex_olmo"
+        config = Olmo2Config(**SIZES)
+        base = random_base(config)
+        base.save_pretrained(tmp_path / "base")
+        for split, top_k in ((1, 2), (2, 1), (4, 3)):
+            layout = MoELayout("flex_olmo", K, top_k, split)
+            moe = merge(layout, [tmp_path / "base"] * K, config, tmp_path / f"{split}")
+            with torch.no_grad():
+                assert (base(tokens()).logits - moe(tokens()).logits).abs().max() < 1e-5
+        with pytest.raises(InputError, match="allowed: olmo2"):
+            check_base("flex_olmo", base_config("mixtral"))
     finally:
         plugins._registered.clear()
-    with pytest.raises(InputError, match=r"there is no 'house_moe' among .*mixtral"):
-        load_config(None, ["family=house_moe"])
+        plugins._registered.update(before)
+        sys.modules.pop("own_family", None)
+    with pytest.raises(InputError, match=r"there is no 'flex_olmo' among .*mixtral"):
+        load_config(None, ["family=flex_olmo"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -60,6 +60,11 @@ def test_names_are_plain_words(name: str) -> None:
         plugins.register("methods", name, object())
 
 
+def test_what_is_installed_cannot_be_replaced() -> None:
+    with pytest.raises(ValueError, match="there already"):
+        plugins.register("clusterings", "kmeans", object())
+
+
 def clusters_of(folder: Path, labels: list[int]) -> dict[str, Any]:
     plugins.register("clusterings", "mine", lambda embeddings, clusters, config: np.array(labels))
     entries = [test_cluster.entry(f"d{number}", test_cluster.near(0, number)) for number in range(4)]
