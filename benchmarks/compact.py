@@ -2,9 +2,7 @@
 
 RUN is a run folder with uploads of full weights. They are written again as `delta8` and `delta4` against the
 public checkpoints that training began with; then bytes, errors and losses on the test text of the run are
-compared. Writes
-benchmarks/compact.md.
-"""
+compared. Writes benchmarks/compact.md."""
 
 from __future__ import annotations
 

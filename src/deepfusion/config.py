@@ -789,8 +789,7 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def _explain_error(error: ValidationError, where: object, overrides: Sequence[str]) -> InputError:
     errors = error.errors()
     # A value of several allowed types fails once for each; the error that lies deepest is the one that was meant. A
-    # wrong key
-    # often makes the right one missing, and says more.
+    # wrong key often makes the right one missing, and says more.
     related = (e for e in errors if e["loc"][:1] == errors[0]["loc"][:1])
     first = max(related, key=lambda e: (len(e["loc"]), e["type"] == "extra_forbidden"))
     key = ".".join(

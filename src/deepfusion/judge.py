@@ -425,9 +425,8 @@ class Judge:
         Returns:
             `score` (mean of 0 to 100; None without any), `scored`, `unscored` (no score in the judge's replies),
             `cached`, `model`, `prompt_sha256`; `prompt_tokens`, `completion_tokens` and `cost` of this call (None
-            where the
-            endpoint does not count or no prices were given); and `score`, `scored`, `unscored` of each domain in
-            `by_domain`.
+            where the endpoint does not count or no prices were given); and `score`, `scored`, `unscored` of each
+            domain in `by_domain`.
 
         Raises:
             InputError: the endpoint refuses, or does not answer in the end. Scores up to then are in the cache.

@@ -60,6 +60,8 @@ def unheard() -> Iterator[None]:
 
 def say(message: str, level: int = logging.INFO) -> None:
     """One line for the person who waits."""
+    # Names of files may hold bytes that are no text, which handlers that write to a file cannot encode.
+    message = message.encode("utf-8", "backslashreplace").decode("utf-8")
     LOGGER.log(level, message)
     if _folder is not None:
         _append(_folder / "log.txt", f"{time.strftime('%H:%M:%S')} {message}")
@@ -167,15 +169,11 @@ class _Relayed(logging.Handler):
         self._writer = writer
 
     def emit(self, record: logging.LogRecord) -> None:
-        message = (
-            record.getMessage().encode("utf-8", "backslashreplace")[:MOST_BYTES].decode("utf-8", "ignore")
-        )
+        message = record.getMessage().encode("utf-8")[:MOST_BYTES].decode("utf-8", "ignore")
         self._writer.send((record.levelno, message))
 
 
 def _append(path: Path, line: str) -> None:
-    # O_APPEND: several worker processes write to the same file, and a short line is written whole. Names of files may
-    # hold
-    # bytes that are no text.
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+    # O_APPEND: several worker processes write to the same file, and a short line is written whole.
+    with open(path, "a", encoding="utf-8") as file:
         file.write(line + "\n")

@@ -3,10 +3,8 @@ smaller.
 
 FedJETS (arXiv 2306.08586) as the paper describes it: a device downloads an MoE pruned to a few experts, trains and
 uploads it, round after round. Ours uploads an on-device model once. Counted are the bytes of tensors; a tokenizer,
-a config
-and headers come on top of both. Memory at the paper's sizes is `models.estimate_training_bytes`, which `measure`
-holds against
-real processes.
+a config and headers come on top of both. Memory at the paper's sizes is `models.estimate_training_bytes`, which
+`measure` holds against real processes.
 """
 
 from __future__ import annotations
@@ -313,8 +311,7 @@ def measure(out: Path, batch: int = 1, tokens: int = 128, steps: int = 2) -> dic
 
     Trained are eighths of the on-device types and of the pruned MoEs, then tiny models, whose runtime outweighs
     their weights. On the CPU the peak is the resident memory of the process, on a GPU that of the allocator, which
-    has no runtime
-    in it.
+    has no runtime in it.
 
     Args:
         out: folder for what the trainings write, removed afterwards.

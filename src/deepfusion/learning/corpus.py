@@ -78,8 +78,7 @@ def sample_counts(each: int, taught: list[int]) -> list[int]:
 
     A proxy that teaches less than a quarter of its fair share of the public text is a weaker copy of others, as
     happens where devices of several types hold alike text; the others are asked for its part. Where no public text
-    can tell, all
-    are asked for `each`.
+    can tell, all are asked for `each`.
 
     Args:
         taught: public documents that each proxy knows best.

@@ -32,8 +32,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
 
     The control is the same MoE with the untouched public base in every expert, tuned by cross-entropy for the same
     number of steps on the same public text: what the server could do without the devices. Samples of the proxies
-    hold their
-    knowledge, so it never reads those; where there is no other text it stays untuned.
+    hold their knowledge, so it never reads those; where there is no other text it stays untuned.
     """
     moe = out / "moe"
     moe.mkdir(parents=True, exist_ok=True)

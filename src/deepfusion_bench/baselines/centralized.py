@@ -2,9 +2,7 @@
 
 [DF] trains it with DeepSpeed-MoE. Here it is the product's own tune stage with all weights trained, on private in
 place of public text. It is a bound only where it has converged, so its steps have to be chosen on held-out text
-and are part of
-every result.
-"""
+and are part of every result."""
 
 from __future__ import annotations
 
