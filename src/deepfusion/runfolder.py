@@ -44,7 +44,7 @@ def opened(path: Path) -> Iterator[RunFolder]:
     Raises:
         InputError: another process works there (`run-busy`), or it cannot be made (`bad-out`).
     """
-    new = not path.exists()
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
     make(path)
     what = "another process works in this run folder"
     with locked(path / LOCK, InputError(what, where=path, fix="wait for it", code="run-busy")):
@@ -54,8 +54,8 @@ def opened(path: Path) -> Iterator[RunFolder]:
             if not is_run(path):
                 with suppress(OSError):  # not every system lets go of a file that is open
                     (path / LOCK).unlink()
-                    if new:
-                        path.rmdir()
+                    for folder in made:
+                        folder.rmdir()
             raise
 
 
