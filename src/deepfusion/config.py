@@ -570,6 +570,7 @@ def load_config(
     path = CONFIGS / "quickstart.yaml" if path is None else Path(path)
     values = _read_yaml(path)
     _rename(values, renamed, path)
+    packaged = path.is_relative_to(CONFIGS)
     given = []
     for override in overrides:
         key, separator, value = override.partition("=")
@@ -584,6 +585,12 @@ def load_config(
         _set(values, key.split("."), _parse_value(value, override))
     recipe = values.get("recipe", "fused")
     layered = _overlay(RECIPES[recipe], values) if isinstance(recipe, str) and recipe in RECIPES else values
+    if (
+        packaged
+        and not _blamed(["clustering.proxies"], given)
+        and "clustering.proxies" in _conflicting(layered)
+    ):
+        del layered["clustering"]["proxies"]  # fuse.yaml has as many as fit: it gives way to what a user sets
     return parse_config(layered, path, given)
 
 
@@ -593,6 +600,15 @@ def parse_config(values: dict[str, Any], where: object = "config", overrides: Se
         return Config.model_validate(values)
     except ValidationError as error:
         raise _explain_error(error, where, overrides) from None
+
+
+def _conflicting(values: dict[str, Any]) -> set[str]:
+    """The keys that do not go together, of the first contradiction."""
+    try:
+        Config.model_validate(values)
+    except ValidationError as error:
+        return {key for one in error.errors() if one["type"] == "contradiction" for key in one["ctx"]["keys"]}
+    return set()
 
 
 def effective_proxies(config: Config, experts: int, devices: int) -> int:

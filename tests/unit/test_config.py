@@ -394,3 +394,11 @@ def test_an_error_names_the_override_that_caused_it(override: str, message: str)
     with pytest.raises(InputError, match=message) as error:
         load_config(None, ["seed=3", override])
     assert "quickstart.yaml" not in str(error.value)
+
+
+def test_a_packaged_config_gives_way_to_what_is_set() -> None:
+    path = CONFIGS / "fuse.yaml"
+    assert load_config(path).clustering.proxies == 16
+    assert load_config(path, ["recipe=paper"]).clustering.proxies is None
+    with pytest.raises(InputError, match="contradiction"):
+        load_config(path, ["recipe=paper", "clustering.proxies=16"])
