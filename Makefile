@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export TRANSFORMERS_VERBOSITY ?= error
 
-.PHONY: demo test fast slow lint install clean
+.PHONY: demo test fast slow lint docs install clean
 
 demo: .venv/base
 	$(BIN)/deepfusion run --out runs/quickstart
@@ -21,6 +21,10 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "the documentation is in build/site/index.html"
+
 install: .venv/base
 
 .venv/base: pyproject.toml constraints.txt
@@ -31,12 +35,16 @@ install: .venv/base
 	touch $@
 
 .venv/test: .venv/base
-	$(BIN)/pip install -q -c constraints.txt -e .[federation,s3,test]
+	$(BIN)/pip install -q -c constraints.txt -e .[federation,s3,test,docs]
 	touch $@
 
 .venv/dev: .venv/test
-	$(BIN)/pip install -q -c constraints.txt -e .[federation,s3,test,dev]
+	$(BIN)/pip install -q -c constraints.txt -e .[federation,s3,test,docs,dev]
+	touch $@
+
+.venv/docs: .venv/base
+	$(BIN)/pip install -q -c constraints.txt -e .[federation,docs]
 	touch $@
 
 clean:
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build/site runs .pytest_cache .mypy_cache .ruff_cache

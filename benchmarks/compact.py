@@ -2,9 +2,7 @@
 
 RUN is a run folder with uploads of full weights. They are written again as `delta8` and `delta4` against the
 public checkpoints that training began with; then bytes, errors and losses on the test text of the run are
-compared. Writes
-benchmarks/compact.md.
-"""
+compared. Writes benchmarks/compact.md."""
 
 from __future__ import annotations
 
@@ -15,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, get_args
 
+from deepfusion import progress
 from deepfusion.config import Config, Encoding, load_config
 from deepfusion.models.compact import DELTA, open_base, open_whole, write_delta
 from deepfusion.stages import evaluate, proxy, registry
@@ -135,4 +134,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    progress.to_terminal()
     main()

@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from deepfusion import pipeline
+from deepfusion import progress
 from deepfusion.learning.corpus import Window
 from deepfusion.learning.distillation import Collator, Distiller, LossWeights
 from deepfusion.learning.order import reading_order
 from deepfusion.learning.training import train
 from deepfusion.models.loading import BF16_WIDTH, hardware_precision, load_tokenizer
+from deepfusion.runfolder import hardware
 from deepfusion.text.sources import load_source
 from deepfusion.text.windows import cut_windows
 
@@ -93,13 +94,13 @@ def main() -> None:
             peaks = f"{less / 2**30:.2f} | {more / 2**30:.2f}"
             rows.append(f"| {kind} | {width} | {fp32:.3f} | {bf16:.3f} | {fp32 / bf16:.2f} | {peaks} |")
             print(rows[-1], flush=True)
-    hardware = pipeline.hardware()
+    machine = hardware()
     text = f"""# fp32 or bf16 on a CPU
 
 Training steps of {BATCH} windows of at most 512 characters, 4 layers, one thread; seconds a step after a warm-
 up, and peak
-memory of the process. `qwen2_moe` has 8 experts, 4 of them for a token. {hardware["cores"]} cores of
-{hardware["machine"]}, bf16
+memory of the process. `qwen2_moe` has 8 experts, 4 of them for a token. {machine["cores"]} cores of
+{machine["machine"]}, bf16
 native: {hardware_precision() == "bf16"}; torch {torch.__version__}. One run each, beside other work on the machine,
 so small differences mean nothing.
 
@@ -117,4 +118,5 @@ texts. So `precision: auto` takes bf16 on a CPU for models at least {BF16_WIDTH}
 
 
 if __name__ == "__main__":
+    progress.to_terminal()
     main()

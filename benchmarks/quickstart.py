@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from deepfusion.manifest import Manifest
+
 
 def speeds(run: Path) -> dict[str, tuple[int, float]]:
     """Per stage: number of trainings, and the median over trainings of their last tokens per second."""
@@ -28,22 +30,22 @@ def speeds(run: Path) -> dict[str, tuple[int, float]]:
 
 def main(run: Path) -> None:
     """Print the table."""
-    manifest = json.loads((run / "manifest.json").read_text("utf-8"))
+    manifest = Manifest.read(run)
     measured = speeds(run)
-    machine = manifest["hardware"]
+    machine = manifest.hardware
     print("# Quickstart: time, speed and memory\n")
     print(
         f"{machine['cores']} cores ({machine['machine']}), {machine['memory_bytes'] / 2**30:.0f} GiB, "
-        f"GPU: {machine['gpu'] or 'none'}; torch {manifest['packages']['torch']}, "
-        f"transformers {manifest['packages']['transformers']}; seed {manifest['seed']}, "
-        f"revision {(manifest['git'] or 'unknown')[:12]}.\n"
+        f"GPU: {machine['gpu'] or 'none'}; torch {manifest.packages['torch']}, "
+        f"transformers {manifest.packages['transformers']}; seed {manifest.seed}, "
+        f"revision {(manifest.git or 'unknown')[:12]}.\n"
     )
     print("| stage | seconds | peak memory (GiB) | trainings | tok/s a training |\n|---|---|---|---|---|")
-    for name, stage in manifest["stages"].items():
+    for name, stage in manifest.stages.items():
         count, speed = measured.get(name, (0, 0.0))
-        memory, shown = stage["peak_rss_bytes"] / 2**30, f"{speed:,.0f}" if count else ""
-        print(f"| {name} | {stage['seconds']:.1f} | {memory:.2f} | {count or ''} | {shown} |")
-    print(f"| **all** | **{sum(stage['seconds'] for stage in manifest['stages'].values()):.1f}** | | | |")
+        memory, shown = (stage.peak_rss_bytes or 0) / 2**30, f"{speed:,.0f}" if count else ""
+        print(f"| {name} | {stage.seconds or 0:.1f} | {memory:.2f} | {count or ''} | {shown} |")
+    print(f"| **all** | **{sum(stage.seconds or 0 for stage in manifest.stages.values()):.1f}** | | | |")
     print(
         "\nMade by `make demo && python benchmarks/quickstart.py runs/quickstart > benchmarks/quickstart.md`."
     )

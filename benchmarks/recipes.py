@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from deepfusion import pipeline
+from deepfusion import pipeline, progress
 from deepfusion.config import RECIPES, load_config
 
 HERE = Path(__file__).parent
@@ -48,9 +48,10 @@ def cell(seed: int, recipe: str, runs: Path, jobs: int | None) -> dict[str, Any]
         "comparison": evaluation["comparison"],
         "proxy_against_members": evaluation["proxy_against_members"],
         "stages": {
-            name: {k: s[k] for k in ("seconds", "peak_rss_bytes")} for name, s in manifest["stages"].items()
+            name: {"seconds": stage.seconds, "peak_rss_bytes": stage.peak_rss_bytes}
+            for name, stage in manifest.stages.items()
         },
-        **{key: manifest[key] for key in ("version", "git", "packages", "hardware", "config_digest")},
+        **manifest.model_dump(include={"version", "git", "packages", "hardware", "config_digest"}),
     }
     result.parent.mkdir(exist_ok=True)
     result.write_text(json.dumps(found, indent=1), "utf-8")
@@ -111,4 +112,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    progress.to_terminal()
     main()

@@ -4,11 +4,8 @@
 
 Gateway and devices are processes of their own, as in a real federation. The network between them is a TCP proxy
 that resets all connections at random moments; besides, in the middle of each upload the gateway is killed and
-started again,
-and later the proxy lets nothing through for a minute. An upload counts as arrived when the receipt is there and
-the SHA-256
-of every file is that of the offer.
-"""
+started again, and later the proxy lets nothing through for a minute. An upload counts as arrived when the receipt is
+there and the SHA-256 of every file is that of the offer."""
 
 from __future__ import annotations
 

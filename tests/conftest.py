@@ -29,12 +29,13 @@ from transformers import (
     Qwen3Config,
 )
 
-from deepfusion import pipeline
+from deepfusion import pipeline, progress
 from deepfusion.cli import main
 from deepfusion.config import load_config
 from deepfusion.digests import sha256_file
 
 torch.set_num_threads(1)
+progress.to_terminal()  # as the command line does: what is said is on stderr, whichever test comes first
 # In the background of a script SIGINT is ignored, and processes that a test starts, to end with Ctrl-C, would inherit
 # that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

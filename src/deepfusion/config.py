@@ -5,17 +5,25 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
+from deepfusion import plugins, progress
 from deepfusion.errors import InputError
+from deepfusion.folders import write_whole
 from deepfusion.names import DeviceId
 
 CONFIGS = Path(__file__).parent / "configs"
+
+RENAMED: dict[str, str] = {}
+"""Keys or sections by their old names, and what they are called now: accepted with a warning for one minor version, see
+RELEASE.md."""
 
 # Beyond what anybody needs, and below what would hang a machine or fill it: a slip of the hand ends in one line.
 MOST_SEED = 2**31 - 1
@@ -28,10 +36,29 @@ MOST_EXPERTS = 1024
 MOST_WORKERS = 1024
 MOST_WEIGHT = 1e6
 
-Family = Literal["qwen2_moe", "qwen3_moe", "deepseek", "deepseek_v2", "deepseek_v3"]
 Method = Literal["full", "lora", "qlora"]
 Encoder = Literal["hashing", "minilm"]
 Encoding = Literal["weights", "delta8", "delta4"]
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a config names of all that there is of a kind (`plugins`)."""
+
+    group: plugins.Group
+
+    def __call__(self, value: str) -> str:
+        """The name itself.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        known = plugins.names(self.group)
+        if value not in known:
+            near = difflib.get_close_matches(value, known, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"there is no {value!r} among {', '.join(known)}{meant}")
+        return value
 
 
 class Section(BaseModel):
@@ -160,17 +187,18 @@ class DeviceSection(Section):
 class ClusteringSection(Section):
     """Phase I: local knowledge clustering [DF eq. 6]."""
 
-    assignment: Literal["kmeans", "random"] = Field("kmeans", description="random is a control")
+    assignment: Annotated[str, AfterValidator(Named("clusterings"))] = Field(
+        "kmeans", description="how models are grouped; random is a control"
+    )
     restarts: int = Field(10, ge=1, le=1000, description="K-means restarts")
     proxies: int | None = Field(
         None,
         ge=1,
         le=MOST_EXPERTS,
-        description="clusters, and so proxies, at most, where one trunk learns from all (trunk_share "
-        "1, router random); "
-        "at least, and by default, as many as experts",
+        description="clusters, and so proxies, at most; at least, and by default, as many as experts; more only "
+        "where one trunk learns from all (trunk_share 1, router random)",
     )
-    average: Literal["uniform", "tokens"] = Field(
+    average: Annotated[str, AfterValidator(Named("averages"))] = Field(
         "uniform",
         description="weight of a device in the mean of its cluster: all alike (paper), or by its private tokens",
     )
@@ -220,8 +248,8 @@ class DistillSection(Section):
         0.3,
         ge=0,
         le=1,
-        description="share of the peak rates where distillation ends and tune begins, as one schedule over both; "
-        "0, or where one of them has no steps: one each",
+        description="share of the peak rates where distillation ends and tune begins, as one schedule over both; 0: "
+        "one each, as by default where one of them has no steps",
     )
     ce_weight: float = Field(1.0, ge=0, le=MOST_WEIGHT, description="weight of L_CE; the paper's is 1")
     alpha: float = Field(0.1, ge=0, le=MOST_WEIGHT, description="weight of L_FM [DF eq. 11]")
@@ -246,6 +274,9 @@ class DistillSection(Section):
         le=1,
         description="texts that proxies wrote are at most this share of what is read, here and in "
         "tune; the others come more often",
+    )
+    method: Annotated[str, AfterValidator(Named("methods"))] = Field(
+        "vaa", description="what a student learns by; vaa: the losses below"
     )
     vaa: VAASection = Field(VAASection(), description="View-Aligned Attention")
 
@@ -347,16 +378,19 @@ class Config(Section):
     recipe: Literal["paper", "fused"] = Field(
         "fused", description="paper: faithful to the source; fused: ours"
     )
-    family: Family = Field(
+    family: Annotated[str, AfterValidator(Named("families"))] = Field(
         "qwen3_moe", description="architecture of the resulting MoE; by default that of a base chosen by fuse"
     )
+    top_k: int = Field(
+        2, ge=1, le=MOST_EXPERTS, description="experts used per token; default: 2, or 1 where experts is 1"
+    )
     experts: int = Field(
-        4,
+        default_factory=lambda before: default_experts(before.get("top_k", 0)),
         ge=1,
         le=MOST_EXPERTS,
-        description="K, number of knowledge domains, bases and experts; fuse by default: one per sound model, up to 8",
+        description="K, number of knowledge domains, bases and experts; default: 4, or top_k where that is more; fuse "
+        "by default: one per sound model, up to 8",
     )
-    top_k: int = Field(2, ge=1, le=MOST_EXPERTS, description="experts used per token")
     devices: int | list[DeviceSpec] | None = Field(
         None, description="number of devices, or a list of them; default: one per file of data.private"
     )
@@ -381,50 +415,120 @@ class Config(Section):
     evaluate: EvaluateSection = EvaluateSection()
     federation: FederationSection = FederationSection()
 
-    @model_validator(mode="after")
-    def _defaults_that_fit(self) -> Config:
-        """Of `experts` and `top_k` the one that nobody has set gives way."""
-        if self.top_k > self.experts and "experts" not in self.model_fields_set:
-            object.__setattr__(self, "experts", self.top_k)
-        if self.top_k > self.experts and "top_k" not in self.model_fields_set:
-            object.__setattr__(self, "top_k", self.experts)
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _default_top_k(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "top_k" not in values and values.get("experts") == 1:
+            return values | {"top_k": 1}
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        if self.top_k > self.experts:
-            raise ValueError(f"top_k={self.top_k} is more than experts={self.experts}")
-        if self.experts > 1 and self.top_k * self.merge.split == 1 and self.tune.steps > 0:
-            raise ValueError(
-                "top_k=1 gives the router no gradient (its weights are normalised to 1); use top_k of 2 or more"
-            )
-        if isinstance(self.devices, int) and not 1 <= self.devices <= MOST_DEVICES:
-            raise ValueError(f"devices={self.devices} must be 1 to {MOST_DEVICES}")
-        if isinstance(self.devices, list):
-            if not self.devices:
-                raise ValueError("devices is an empty list")
-            names = [device.id for device in self.devices if device.id]
-            if len(names) != len(set(names)):
-                raise ValueError(
-                    f"devices: the id {next(n for n in names if names.count(n) > 1)} stands twice"
-                )
-        specified = self.devices if isinstance(self.devices, list) else []
-        methods = {self.device.method, *(device.method for device in specified if device.method)}
-        if self.device.upload != "weights" and methods != {"full"}:
-            raise ValueError(
-                f"device.upload={self.device.upload} is for method full; adapters are small as they are"
-            )
-        if self.distill.vaa.patches % self.distill.vaa.stages:
-            raise ValueError("distill.vaa.patches must be a multiple of distill.vaa.stages")
-        if isinstance(self.data.test, float) and not 0 < self.data.test < 1:
-            raise ValueError("data.test as a share must lie between 0 and 1")
-        if not (self.distill.steps and self.tune.steps):  # nothing to hand over, or nobody to take it
-            object.__setattr__(self, "distill", self.distill.model_copy(update={"handover": 0.0}))
-        if (
-            self.distill.trunk_share < 1 or self.merge.router == "prototype"
-        ):  # each base needs a proxy of its own
-            object.__setattr__(self, "clustering", self.clustering.model_copy(update={"proxies": None}))
+        for contradiction in _contradictions(self):
+            raise contradiction
         return self
+
+
+def default_experts(top_k: int) -> int:
+    """How many experts there are where nobody says so: 4, or as many as a token uses."""
+    return max(4, top_k)
+
+
+def effective_handover(config: Config) -> float:
+    """Share of the peak rates at which distillation hands over to tune: 0 where one of them has no steps, for then
+    there is nothing to hand over, or nobody to take it.
+    """
+    return config.distill.handover if config.distill.steps and config.tune.steps else 0.0
+
+
+def _contradictions(config: Config) -> Iterator[PydanticCustomError]:
+    """What does not go together, the first first. A value that is the default is nobody's wish: it says nothing."""
+    yield from _contradictions_of_numbers(config)
+    distill, tune = config.distill, config.tune
+    if distill.handover not in (0, DistillSection().handover) and not (distill.steps and tune.steps):
+        idle = "tune.steps" if distill.steps else "distill.steps"
+        yield _contradiction(
+            f"distill.handover={distill.handover:g} makes one schedule of distillation and tune, but {idle} is 0",
+            ("distill.handover", idle), fix="--set distill.handover=0", code="contradiction",
+        )  # fmt: skip
+    proxies, one_trunk = (
+        config.clustering.proxies,
+        distill.trunk_share == 1 and config.merge.router == "random",
+    )
+    if proxies is not None and proxies > config.experts and not one_trunk:
+        yield _contradiction(
+            f"clustering.proxies={proxies} is more than experts={config.experts}, but each base has one proxy where "
+            f"distill.trunk_share is {distill.trunk_share:g} and merge.router {config.merge.router}",
+            ("clustering.proxies", "experts", "recipe", "distill.trunk_share", "merge.router"),
+            allowed="more with distill.trunk_share=1, as in recipe fused, and merge.router=random",
+            fix="--set clustering.proxies=null", code="contradiction",
+        )  # fmt: skip
+    for name in ("ce_weight", "beta", "chunk_weight"):
+        value, usual = getattr(tune, name), getattr(TuneSection(), name)
+        if value != usual and not tune.teachers:
+            yield _contradiction(
+                f"tune.{name}={value:g} weighs cross-entropy against teachers, but tune.teachers is false",
+                (f"tune.{name}", "recipe", "tune.teachers"), allowed="the default, or tune.teachers=true",
+                fix=f"--set tune.{name}={usual:g}", code="contradiction",
+            )  # fmt: skip
+    scheme = config.data.partition.scheme
+    named = isinstance(config.devices, list) and all(device.data for device in config.devices)
+    alone = config.devices is None and bool(config.data.private)
+    if scheme != PartitionSection().scheme and (named or alone):
+        yield _contradiction(
+            f"data.partition.scheme={scheme} shares data.private out among devices, but "
+            + ("every device names its own data" if named else "without devices each file is one"),
+            ("data.partition.scheme", "devices", "data.private"), allowed="devices as a number, or some without data",
+            fix=f"--set data.partition.scheme={PartitionSection().scheme}", code="contradiction",
+        )  # fmt: skip
+
+
+def _contradictions_of_numbers(config: Config) -> Iterator[PydanticCustomError]:
+    devices, vaa = config.devices, config.distill.vaa
+    if config.top_k > config.experts:
+        yield _contradiction(
+            f"top_k={config.top_k} is more than experts={config.experts}", ("top_k", "experts")
+        )
+    if config.experts > 1 and config.top_k * config.merge.split == 1 and config.tune.steps > 0:
+        yield _contradiction(
+            "top_k=1 gives the router no gradient (its weights are normalised to 1); use top_k of 2 or more",
+            ("top_k", "experts", "merge.split", "tune.steps"),
+        )
+    if isinstance(devices, int) and not 1 <= devices <= MOST_DEVICES:
+        yield _contradiction(f"devices={devices} must be 1 to {MOST_DEVICES}", ("devices",))
+    if isinstance(devices, list):
+        if not devices:
+            yield _contradiction("devices is an empty list", ("devices",))
+        names = [device.id for device in devices if device.id]
+        for name in (name for name in names if names.count(name) > 1):
+            yield _contradiction(f"devices: the id {name} stands twice", ("devices",))
+    specified = devices if isinstance(devices, list) else []
+    methods = {config.device.method, *(device.method for device in specified if device.method)}
+    if config.device.upload != "weights" and methods != {"full"}:
+        yield _contradiction(
+            f"device.upload={config.device.upload} is for method full; adapters are small as they are",
+            ("device.upload", "device.method", "devices"),
+        )
+    if vaa.patches % vaa.stages:
+        yield _contradiction(
+            "distill.vaa.patches must be a multiple of distill.vaa.stages",
+            ("distill.vaa.patches", "distill.vaa.stages"),
+        )
+    if isinstance(config.data.test, float) and not 0 < config.data.test < 1:
+        yield _contradiction("data.test as a share must lie between 0 and 1", ("data.test",))
+
+
+def _contradiction(
+    what: str, keys: tuple[str, ...], *, allowed: str | None = None, fix: str | None = None, code: str = "bad-value"
+) -> PydanticCustomError:  # fmt: skip
+    """What `_explain_error` makes one line of.
+
+    Args:
+        keys: those that do not go together, or, with `recipe`, what has set them.
+    """
+    return PydanticCustomError(
+        "contradiction", "{what}", {"what": what, "keys": keys, "allowed": allowed, "fix": fix, "code": code}
+    )
 
 
 # What a recipe sets; a file or --set may still say otherwise.
@@ -448,14 +552,26 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    renamed: Mapping[str, str] = RENAMED,
+) -> Config:
     """Read a config file (None: the quickstart) and apply `key=value` overrides, whose values are YAML.
 
+    Args:
+        renamed: old names of keys and sections, and their new ones; whoever uses an old one is warned.
+
     Raises:
-        InputError: missing or malformed file, unknown key (with the nearest valid one), wrong type or value.
+        InputError: missing or malformed file, unknown key (with the nearest valid one), wrong type or value, or
+            values that contradict each other.
     """
     path = CONFIGS / "quickstart.yaml" if path is None else Path(path)
     values = _read_yaml(path)
+    _rename(values, renamed, path)
+    packaged = path.is_relative_to(CONFIGS)
+    given = []
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator or not key:
@@ -464,10 +580,18 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
                 allowed="--set tune.steps=100",
                 code="bad-override",
             )
-        _set(values, key.strip().split("."), _parse_value(value, override))
+        key = _new_name(key.strip(), renamed, f"--set {override}")
+        given.append(f"{key}={value}")
+        _set(values, key.split("."), _parse_value(value, override))
     recipe = values.get("recipe", "fused")
     layered = _overlay(RECIPES[recipe], values) if isinstance(recipe, str) and recipe in RECIPES else values
-    return parse_config(layered, path, overrides)
+    if (
+        packaged
+        and not _blamed(["clustering.proxies"], given)
+        and "clustering.proxies" in _conflicting(layered)
+    ):
+        del layered["clustering"]["proxies"]  # fuse.yaml has as many as fit: it gives way to what a user sets
+    return parse_config(layered, path, given)
 
 
 def parse_config(values: dict[str, Any], where: object = "config", overrides: Sequence[str] = ()) -> Config:
@@ -478,9 +602,24 @@ def parse_config(values: dict[str, Any], where: object = "config", overrides: Se
         raise _explain_error(error, where, overrides) from None
 
 
-def cluster_count(config: Config, devices: int, types: int) -> int:
-    """How many clusters there will be: one per expert, or more where the config wants more proxies and there are
+def _conflicting(values: dict[str, Any]) -> set[str]:
+    """The keys that do not go together, of the first contradiction."""
+    try:
+        Config.model_validate(values)
+    except ValidationError as error:
+        return {key for one in error.errors() if one["type"] == "contradiction" for key in one["ctx"]["keys"]}
+    return set()
+
+
+def effective_proxies(config: Config, experts: int, devices: int) -> int:
+    """How many clusters, and so proxies, there are: one per expert, or more where the config wants more and there are
     devices for them.
+    """
+    return max(experts, min(config.clustering.proxies or experts, devices))
+
+
+def cluster_count(config: Config, devices: int, types: int) -> int:
+    """`effective_proxies` of the config's own number of experts, for so many devices of so many model types.
 
     Raises:
         InputError: fewer devices than experts, or more types than clusters.
@@ -491,7 +630,7 @@ def cluster_count(config: Config, devices: int, types: int) -> int:
             f"{devices} devices are fewer than experts={experts}", where="experts", allowed=f"1 to {devices}",
             fix=f"--set experts={devices}", code="fewer-devices-than-experts",
         )  # fmt: skip
-    count = max(experts, min(config.clustering.proxies or experts, devices))
+    count = effective_proxies(config, experts, devices)
     if types > count:
         raise InputError(
             f"{types} model types need at least one cluster each, there are {count}", where="experts",
@@ -502,28 +641,44 @@ def cluster_count(config: Config, devices: int, types: int) -> int:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the complete resolved config as YAML."""
-    path.write_text(
-        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), "utf-8"
-    )
+    write_whole(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def config_digest(config: Config, *keys: str) -> str:
-    """A digest of the whole config or of the given dotted keys."""
+    """A digest of the whole config or of the given dotted keys, of what takes effect: of `effective_handover`."""
     values = config.model_dump(mode="json")
+    values["distill"]["handover"] = effective_handover(config)
     chosen = {key: _get(values, key) for key in keys} if keys else values
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 
 def explain(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
     """Every key as (dotted key, type, default, meaning)."""
+    defaults: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from explain(kind, f"{key}.")
         else:
-            default = None if field.is_required() else field.get_default(call_default_factory=True)
-            yield key, _type_name(kind), default, field.description or ""
+            if not field.is_required():
+                defaults[name] = field.get_default(call_default_factory=True, validated_data=defaults)
+            shown = " | ".join(plugins.names(NAMED[key])) if key in NAMED else _type_name(kind)
+            yield key, shown, defaults.get(name), field.description or ""
+
+
+def _named(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, plugins.Group]]:
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _named(kind, f"{prefix}{name}.")
+        for check in field.metadata:
+            if isinstance(check, AfterValidator) and isinstance(check.func, Named):
+                yield f"{prefix}{name}", check.func.group
+
+
+NAMED = dict(_named(Config))
+"""The keys that name something of `plugins`, with its group."""
 
 
 def known_keys() -> list[str]:
@@ -596,6 +751,43 @@ def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
     values[keys[-1]] = value
 
 
+def _new_name(key: str, renamed: Mapping[str, str], where: object) -> str:
+    """The key itself, or what it, or the section that it is in, is called now; then whoever used the old name is
+    told.
+    """
+    for old, new in renamed.items():
+        if f"{key}.".startswith(f"{old}."):
+            progress.warn(
+                f"{where}: {old} is now called {new}; the old name is accepted until the next minor version"
+            )
+            return new + key[len(old) :]
+    return key
+
+
+def _rename(values: dict[str, Any], renamed: Mapping[str, str], path: Path) -> None:
+    """Moves what a file says under an old name to its new one."""
+    for old in renamed:
+        *sections, last = old.split(".")
+        holder: Any = values
+        for section in sections:
+            holder = holder.get(section) if isinstance(holder, dict) else None
+        if not isinstance(holder, dict) or last not in holder:
+            continue
+        new = _new_name(old, renamed, path)
+        if _has(values, new):
+            what = f"{old} and {new} are one key, which was renamed"
+            raise InputError(what, where=path, fix=f"remove {old}", code="contradiction")
+        _set(values, new.split("."), holder.pop(last))
+
+
+def _has(values: Any, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return False
+        values = values[part]
+    return True
+
+
 def _get(values: dict[str, Any], key: str) -> Any:
     for part in key.split("."):
         values = values[part]
@@ -613,16 +805,24 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def _explain_error(error: ValidationError, where: object, overrides: Sequence[str]) -> InputError:
     errors = error.errors()
     # A value of several allowed types fails once for each; the error that lies deepest is the one that was meant. A
-    # wrong key
-    # often makes the right one missing, and says more.
+    # wrong key often makes the right one missing, and says more.
     related = (e for e in errors if e["loc"][:1] == errors[0]["loc"][:1])
     first = max(related, key=lambda e: (len(e["loc"]), e["type"] == "extra_forbidden"))
     key = ".".join(
         str(part) for part in first["loc"] if part not in ("list[DeviceSpec]", "list[str]", "str", "int")
     )
-    for override in overrides:
-        if f"{key}.".startswith(f"{override.partition('=')[0].strip()}."):
-            where = f"--set {override}"
+    if first["type"] == "contradiction":
+        found = first["ctx"]
+        blamed = _blamed(found["keys"], overrides)
+        fix = found["fix"] or f"deepfusion config explain {found['keys'][0]}"
+        return InputError(
+            found["what"],
+            where=" ".join(blamed) or where,
+            allowed=found["allowed"],
+            fix=fix,
+            code=found["code"],
+        )
+    where = [where, *_blamed([key], overrides)][-1]
     if first["type"] == "extra_forbidden":
         near = nearest_key(key)
         hint = f"did you mean {near}?" if near else "deepfusion config explain lists every key"
@@ -633,6 +833,15 @@ def _explain_error(error: ValidationError, where: object, overrides: Sequence[st
     return InputError(
         what[:400], where=where, fix=f"deepfusion config explain {key}".rstrip(), code="bad-value"
     )
+
+
+def _blamed(keys: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """The overrides that set one of the keys or a part of the config that holds it, as `--set key=value`."""
+    return [
+        f"--set {override}"
+        for override in overrides
+        if any(f"{key}.".startswith(f"{override.partition('=')[0].strip()}.") for key in keys)
+    ]
 
 
 def _type_name(kind: Any) -> str:

@@ -125,6 +125,11 @@ def local_path(name: str | Path) -> Path:
     return Path(os.path.expanduser(name))
 
 
+def standing(folder: Path) -> Path:
+    """A folder that may not exist yet, or else the nearest one above it that does."""
+    return next(path for path in (folder, *folder.parents) if path.exists() or path == path.parent)
+
+
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run folder: it has a manifest, or the ledger of a federation that waits for uploads."""
     if (folder / "federation" / "ledger.sqlite").is_file():
@@ -157,7 +162,7 @@ def _follow(target: Path) -> Path:
 
 def _check_writable(folder: Path, target: Path) -> None:
     """Whether something can be made in a folder that may not exist yet."""
-    nearest = next(path for path in (folder, *folder.parents) if path.exists() or path == path.parent)
+    nearest = standing(folder)
     if not nearest.is_dir():
         raise InputError(f"{nearest} is a file", where=target, fix="choose another --out", code="bad-out")
     if not os.access(nearest, os.W_OK | os.X_OK):

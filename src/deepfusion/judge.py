@@ -9,7 +9,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -218,29 +218,41 @@ class _Endpoint:
     """One chat endpoint, asked with patience; safe for several threads."""
 
     def __init__(self, url: str, host: str, model: str, key: str, seconds: float, pause: float) -> None:
-        import httpx
+        import httpx2
+        from openai import OpenAI
 
-        self.url, self.host, self.model, self.seconds, self.pause = url, host, model, seconds, pause
+        self.host, self.model, self.pause = host, model, pause
         self.stop = threading.Event()
         self._key = key
         self._told = -_TELL_SECONDS
         # Not every judge takes these; what it complains about is left out from then on.
         self._options: dict[str, Any] = {"temperature": 0, "max_tokens": 4096}
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        # Redirects are not followed: text and key go to the host that the user named.
-        timeout = httpx.Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS))
+
+        def bound(answer: httpx2.Response) -> None:
+            answer.stream = _bounded(answer, time.monotonic() + seconds)
+
         try:
-            self.client = httpx.Client(headers=headers, timeout=timeout, follow_redirects=False)
+            # Redirects are not followed: text and key go to the host that the user named.
+            http = httpx2.Client(
+                timeout=httpx2.Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS)), follow_redirects=False,
+                event_hooks={"request": [_say_little if key else _say_nothing], "response": [bound]},
+            )  # fmt: skip
         except (
             ValueError,
             ImportError,
             OSError,
-            httpx.InvalidURL,
-        ):  # what the variables for proxies and authorities name
+            httpx2.InvalidURL,
+        ):  # what variables for proxies and authorities name
             what, where = "the proxy or the certificates that it names cannot be used", "the environment"
-            raise InputError(
-                what, where=where, allowed="HTTPS_PROXY, SSL_CERT_FILE", code="judge-unreachable"
-            ) from None
+            allowed = "HTTPS_PROXY, SSL_CERT_FILE"
+            raise InputError(what, where=where, allowed=allowed, code="judge-unreachable") from None
+        # Requests are repeated here, where an endpoint may ask for minutes and a failed one ends all others.
+        self.client = OpenAI(
+            api_key=key or "none",
+            base_url=url.removesuffix("/chat/completions"),
+            max_retries=0,
+            http_client=http,
+        )
 
     def ask(self, prompt: str) -> _Reply:
         """The reply to one prompt; requests that the endpoint cannot serve now are repeated with growing pauses.
@@ -249,30 +261,35 @@ class _Endpoint:
             InputError: it refuses, or does not answer in the end.
             _Stopped: `stop` was set.
         """
-        import httpx
+        from openai import APIConnectionError, APIStatusError
 
-        # One message of the user: some chat templates know no system message.
-        content = {"model": self.model, "messages": [{"role": "user", "content": prompt}]}
         for attempt in range(_TRIES):
             options, wait = self._options, None
             try:
-                status, headers, body = self._post({**content, **options})
-            except httpx.RequestError as error:
-                reason = self._clean(str(error) or type(error).__name__)
-            else:
-                reply = _read_reply(body) if status == 200 else None
-                if reply is not None:
-                    return reply
-                reason = self._reason(status, body)
+                answer = self.client.chat.completions.create(
+                    model=self.model,
+                    # One message of the user: some chat templates know no system message.
+                    messages=[{"role": "user", "content": prompt}],
+                    **options,
+                )
+            except APIConnectionError as error:
+                reason = self._clean(str(error.__cause__ or error) or type(error).__name__)
+            except APIStatusError as error:
+                status, reason = error.status_code, self._reason(error.status_code, error.response.content)
                 unwanted = [name for name in options if name in reason]
                 if status == 400 and unwanted:
-                    self._options = {
-                        name: value for name, value in self._options.items() if name not in unwanted
-                    }
+                    known = self._options.items()
+                    self._options = {name: value for name, value in known if name not in unwanted}
                     continue
-                if status != 200 and status not in (408, 429) and status < 500:
-                    raise self._refusal(status, reason)
-                wait = _retry_after(headers)
+                if status not in (408, 429) and status < 500:
+                    raise self._refusal(status, reason) from None
+                wait = _retry_after(error.response.headers)
+            except (ValueError, RecursionError):
+                reason = "it answered 200: no chat completion"
+            else:
+                if (reply := _read_reply(answer)) is not None:
+                    return reply
+                reason = "it answered 200: no chat completion"
             if wait is not None and wait > _LONGEST_WAIT:
                 raise self._unreachable(f"{reason}; it asks to wait {wait:.0f} seconds")
             if attempt < _TRIES - 1:
@@ -282,24 +299,12 @@ class _Endpoint:
                     raise _Stopped
         raise self._unreachable(reason)
 
-    def _post(self, content: dict[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
-        """Status, headers and body of one answer, which may neither drip for ever nor flood the memory."""
-        import httpx
-
-        ends, body = time.monotonic() + self.seconds, bytearray()
-        with self.client.stream("POST", self.url, json=content) as answer:
-            for chunk in answer.iter_bytes():
-                body += chunk
-                if time.monotonic() > ends or len(body) > _REPLY_BYTES:
-                    raise httpx.ReadTimeout("the answer does not end")
-            return answer.status_code, answer.headers, bytes(body)
-
     def _reason(self, status: int, body: bytes) -> str:
         try:
             error = json.loads(body)["error"]
             message = str(error["message"] if isinstance(error, dict) else error)
         except (ValueError, RecursionError, LookupError, TypeError):
-            message = "no chat completion" if status == 200 else body[:2000].decode("utf-8", "replace")
+            message = body[:2000].decode("utf-8", "replace")
         return self._clean(f"it answered {status}: {message}")
 
     def _clean(self, message: str) -> str:
@@ -330,20 +335,51 @@ class _Endpoint:
         )
 
 
-def _read_reply(body: bytes) -> _Reply | None:
+def _say_little(request: Any) -> None:
+    """The client tells about the machine that it runs on, and about an account of another endpoint."""
+    for name in list(request.headers):
+        if name.lower().startswith(("x-stainless-", "openai-")):
+            del request.headers[name]
+    request.headers["Accept-Encoding"] = "identity"  # so that the bytes counted are those that memory holds
+
+
+def _say_nothing(request: Any) -> None:
+    """To an endpoint without keys: the client insists on sending one."""
+    _say_little(request)
+    del request.headers["Authorization"]
+
+
+def _bounded(answer: Any, ends: float) -> Any:
+    """The bytes of an answer, which may neither drip for ever nor flood the memory."""
+    import httpx2
+
+    class Bounded(httpx2.SyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            if answer.headers.get("content-encoding", "identity") != "identity":
+                raise httpx2.DecodingError("the answer is packed, which was not asked for")
+            size = 0
+            for chunk in stream:
+                size += len(chunk)
+                if time.monotonic() > ends or size > _REPLY_BYTES:
+                    raise httpx2.ReadTimeout("the answer does not end")
+                yield chunk
+
+        def close(self) -> None:
+            stream.close()
+
+    stream = answer.stream
+    return Bounded()
+
+
+def _read_reply(answer: Any) -> _Reply | None:
+    """None where an endpoint has sent something else; the client takes what comes."""
     try:
-        answer = json.loads(body)
-        text = answer["choices"][0]["message"]["content"]
-        usage = answer.get("usage")
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        text, usage = answer.choices[0].message.content, answer.usage
+    except (AttributeError, LookupError, TypeError):
         return None
-    counts = [
-        usage.get(name) if isinstance(usage, dict) else None
-        for name in ("prompt_tokens", "completion_tokens")
-    ]
-    return _Reply(
-        text if isinstance(text, str) else "", *(n if type(n) is int and n >= 0 else None for n in counts)
-    )
+    counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+    known = [count if type(count) is int and count >= 0 else None for count in counts]
+    return _Reply(text if isinstance(text, str) else "", *known)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
@@ -397,8 +433,8 @@ class Judge:
         seconds: float = _ANSWER_SECONDS,
         pause: float = 1.0,
     ) -> None:
-        if find_spec("httpx") is None:
-            raise InputError("the judge needs httpx", fix="pip install deepfusion[judge]", code="no-httpx")
+        if find_spec("openai") is None:
+            raise InputError("the judge needs openai", fix="pip install deepfusion[judge]", code="no-openai")
         if not model.strip():
             raise InputError(
                 "the judge needs the name of a model", fix="give --judge-model", code="bad-input"
@@ -425,9 +461,8 @@ class Judge:
         Returns:
             `score` (mean of 0 to 100; None without any), `scored`, `unscored` (no score in the judge's replies),
             `cached`, `model`, `prompt_sha256`; `prompt_tokens`, `completion_tokens` and `cost` of this call (None
-            where the
-            endpoint does not count or no prices were given); and `score`, `scored`, `unscored` of each domain in
-            `by_domain`.
+            where the endpoint does not count or no prices were given); and `score`, `scored`, `unscored` of each
+            domain in `by_domain`.
 
         Raises:
             InputError: the endpoint refuses, or does not answer in the end. Scores up to then are in the cache.
@@ -548,15 +583,15 @@ def _endpoint_url(url: str) -> tuple[str, str]:
     Raises:
         InputError: not a plain URL of HTTP.
     """
-    import httpx
+    import httpx2
 
     try:
         parts = urlsplit(url)
-        httpx.URL(url)
+        httpx2.URL(url)
         sound = (
             parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
         )
-    except (ValueError, httpx.InvalidURL):
+    except (ValueError, httpx2.InvalidURL):
         sound = False
     if not sound or "@" in parts.netloc or parts.query or parts.fragment:
         # The URL is not repeated: it may hold a password or key.

@@ -16,17 +16,19 @@ from typing import Any
 
 import torch
 
-from deepfusion import pipeline, progress
+from deepfusion import __version__, pipeline, progress
 from deepfusion.config import CONFIGS, Config, config_digest, load_config
 from deepfusion.digests import sha256_file
 from deepfusion.errors import InputError
+from deepfusion.families.bases import base_checkpoint
 from deepfusion.folders import locked, place, write_whole
 from deepfusion.inputs import request
 from deepfusion.jobs import default_workers, run_jobs
+from deepfusion.manifest import Manifest
 from deepfusion.models.architecture import read_config
 from deepfusion.models.loading import resolve_precision
-from deepfusion.models.presets import base_checkpoint
 from deepfusion.records import Transport
+from deepfusion.runfolder import provenance
 from deepfusion.stages.evaluate import capped, measure
 from deepfusion.text.splits import make_splits
 from deepfusion_bench.methods import METHODS, Task
@@ -212,6 +214,7 @@ def _run(cell: Cell, devices_only: bool, runs: Path, results: Path) -> None:
     with (
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stderr(nowhere),
+        progress.unheard(),
     ):  # their lines are in each run's log.txt
         uploads = _uploads(cell, runs)
         if not METHODS[cell.method].alone:
@@ -237,9 +240,7 @@ def _run(cell: Cell, devices_only: bool, runs: Path, results: Path) -> None:
 def _request(cell: Cell) -> str:
     """Digest of all that a cell is made of, so that what another one has measured is never taken for it."""
     config = cell.config(*cell.own)
-    return request(
-        config, base_checkpoint(config.distill.base, config.family), cell.method, *cell.shared, *cell.own
-    )
+    return request(config, base_checkpoint(config), __version__, cell.method, *cell.shared, *cell.own)
 
 
 def _measured(cell: Cell, uploads: Path, out: Path) -> dict[str, Any]:
@@ -272,12 +273,12 @@ def _measured(cell: Cell, uploads: Path, out: Path) -> dict[str, Any]:
             min(models, key=lambda name: models[name]["validation"]["mean_over_domains"]["bits_per_byte"])
         ]
     device_work: dict[str, float] = dict.fromkeys(WORK, 0)
-    transport, device_seconds = made.transport or dict.fromkeys(TRANSPORT, 0), 0
+    transport, device_seconds = made.transport or dict.fromkeys(TRANSPORT, 0), 0.0
     if made.transport:
         device_work = _work(out, "fedjets")
     elif not METHODS[cell.method].alone:
         device_work, transport = _work(uploads, "device"), _transport(uploads)
-        device_seconds = pipeline.read_manifest(uploads)["stages"]["device"]["seconds"]
+        device_seconds = Manifest.read(uploads).stages["device"].seconds or 0.0
     server_work = {stage: work for stage in ("distill", "tune") if (work := _work(out, stage))["steps"]}
     return {
         "case": cell.case,
@@ -298,7 +299,7 @@ def _measured(cell: Cell, uploads: Path, out: Path) -> dict[str, Any]:
             {resolve_precision(config.precision, read_config(folder)) for folder in made.models.values()}
         ),
         "device_seconds": device_seconds,
-        **pipeline.provenance(),
+        **provenance(),
     }
 
 

@@ -130,7 +130,7 @@ def page_command(
         "benchmarks/results/costs.json"
     ),
     out: Annotated[Path, typer.Option(help="Markdown page to write; plots lie beside it")] = Path(
-        "docs/results.md"
+        "benchmarks/results.md"
     ),
 ) -> None:
     """Write the page of all results; equal results give an equal page."""

@@ -3,10 +3,8 @@ smaller.
 
 FedJETS (arXiv 2306.08586) as the paper describes it: a device downloads an MoE pruned to a few experts, trains and
 uploads it, round after round. Ours uploads an on-device model once. Counted are the bytes of tensors; a tokenizer,
-a config
-and headers come on top of both. Memory at the paper's sizes is `models.estimate_training_bytes`, which `measure`
-holds against
-real processes.
+a config and headers come on top of both. Memory at the paper's sizes is `models.estimate_training_bytes`, which
+`measure` holds against real processes.
 """
 
 from __future__ import annotations
@@ -27,21 +25,23 @@ from typing import Any, get_args
 import torch
 from jinja2 import Environment, PackageLoader
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from deepfusion import __version__
-from deepfusion.config import Encoding
+from deepfusion.config import Encoding, load_config
 from deepfusion.errors import InputError
-from deepfusion.families.moe import MoELayout, is_expert_name, moe_config, parameter_count
+from deepfusion.families.base import is_expert_name, moe_config, of, parameter_count
+from deepfusion.families.bases import base_checkpoint, layout
+from deepfusion.families.qwen import QWEN2_MOE
 from deepfusion.learning.corpus import Window
 from deepfusion.learning.distillation import Collator, Distiller, LossWeights
 from deepfusion.learning.memory import RUNTIME_BYTES, estimate_training_bytes, require_memory
 from deepfusion.learning.training import train
 from deepfusion.models import compact
-from deepfusion.models.architecture import architecture, parameter_total
+from deepfusion.models.architecture import architecture, parameter_total, read_config
 from deepfusion.models.loading import load_tokenizer
 from deepfusion.models.presets import LORA_TARGETS, METHODS, model_config
-from deepfusion.pipeline import hardware
+from deepfusion.runfolder import hardware
 from deepfusion.text.rows import Document
 
 ROUNDS = 4
@@ -94,7 +94,7 @@ class Case:
     @property
     def moe(self) -> PretrainedConfig:
         """The global MoE."""
-        return AutoConfig.for_model("qwen2_moe", **self.dimensions)
+        return QWEN2_MOE.config_class(**self.dimensions)
 
 
 GB = 10**9
@@ -116,14 +116,10 @@ CASES = {
 
 
 def moe_tensors(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of an MoE of a Qwen2Moe config; those that DeepSeek-MoE v1 does not have are left out."""
-    gated = config.model_type != "qwen2_moe" or config.qkv_bias
+    """Shapes of the tensors of an MoE; those that only the class that computes it has are left out."""
+    family = of(config)
     tensors = architecture(config).tensors
-    return {
-        name: shape
-        for name, shape in tensors.items()
-        if gated or not name.endswith(".shared_expert_gate.weight")
-    }
+    return {name: shape for name, shape in tensors.items() if family is None or not family.pinned(name)}
 
 
 def pruned(config: PretrainedConfig, experts: int) -> PretrainedConfig:
@@ -315,8 +311,7 @@ def measure(out: Path, batch: int = 1, tokens: int = 128, steps: int = 2) -> dic
 
     Trained are eighths of the on-device types and of the pruned MoEs, then tiny models, whose runtime outweighs
     their weights. On the CPU the peak is the resident memory of the process, on a GPU that of the allocator, which
-    has no runtime
-    in it.
+    has no runtime in it.
 
     Args:
         out: folder for what the trainings write, removed afterwards.
@@ -329,8 +324,10 @@ def measure(out: Path, batch: int = 1, tokens: int = 128, steps: int = 2) -> dic
     eighths = {type: eighth(model_config(type)) for case in CASES.values() for type in case.types}
     moes = {name: eighth(pruned(case.moe, case.moe.num_experts_per_tok)) for name, case in CASES.items()}
     tiny = {type: model_config(type) for type in ("tiny-gpt2", "tiny-llama")}
-    layout = MoELayout("qwen3_moe", experts=4, top_k=2)  # the quickstart's
-    tiny_moe = pruned(moe_config(model_config("tiny-qwen3"), layout), layout.top_k)
+    quickstart = load_config()
+    tiny_moe = pruned(
+        moe_config(read_config(base_checkpoint(quickstart)), layout(quickstart)), quickstart.top_k
+    )
     jobs = (
         eighths
         | {f"FedJETS, {CASES[name].title}": moe for name, moe in moes.items()}

@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from deepfusion import pipeline, progress
 from deepfusion.config import Config
+from deepfusion.families.bases import base_checkpoint
+from deepfusion.families.deepseek import DEEPSEEK
 from deepfusion.folders import whole_folder
 from deepfusion.models.checkpoints import numbered
-from deepfusion.models.presets import base_checkpoint
 from deepfusion.pipeline import Stage
 from deepfusion.stages import merge
 from deepfusion.uploads.card import read_card
@@ -96,7 +97,7 @@ _CONVERGED = ("tune.steps=2400", "tune.batch_size=8")
 
 def _base(task: Task) -> Made:
     config = task.config()
-    return Made(config, {"base": base_checkpoint(config.distill.base, config.family)})
+    return Made(config, {"base": base_checkpoint(config)})
 
 
 def _public(task: Task) -> Made:
@@ -135,7 +136,8 @@ def _homogeneous(task: Task) -> Made:
             link.symlink_to(folder)
     experts = min(task.config().experts, len(folders))
     config = task.config(
-        "recipe=fused", "family=deepseek", "distill.base=tiny-llama", f"experts={experts}", f"top_k={min(2, experts)}",
+        "recipe=fused", f"family={DEEPSEEK.name}", "distill.base=tiny-llama",
+        f"experts={experts}", f"top_k={min(2, experts)}",
         "merge.split=1", "merge.shared_expert=none", "merge.dense_layers=[]", "merge.router=prototype",
         "tune.steps=0", "tune.teachers=false", "tune.control=false",
     )  # fmt: skip
@@ -171,7 +173,7 @@ def _untaught(config: Config, out: Path) -> Path:
     """The MoE of untouched bases that whoever trains an MoE directly starts from."""
     folder = out / "untaught"
     if not (folder / "config.json").is_file():
-        base = base_checkpoint(config.distill.base, config.family)
+        base = base_checkpoint(config)
         with whole_folder(folder) as part:
             merge.write_moe(config, [base] * config.experts, False, part)
     return folder

@@ -193,8 +193,8 @@ def test_every_model_in_comes_out_or_is_named_with_its_reason(zoo, tmp_path, inv
 
 def test_experts_are_counted_when_it_is_known_who_is_sound(zoo, tmp_path, invoke):
     given = tmp_path / "given"
-    for number in range(3):
-        save_model(given / f"m{number}", zoo["mini-llama"], number)
+    for number, folder in enumerate(("m0", "m1", "m2/checkpoint-7")):
+        save_model(given / folder, zoo["mini-llama"], number)
     shutil.copytree(given / "m0", given / "twin")
     (given / "torn").mkdir()
     (given / "torn" / "config.json").write_text("{}")
@@ -202,6 +202,13 @@ def test_experts_are_counted_when_it_is_known_who_is_sound(zoo, tmp_path, invoke
     assert done.code == 0, done.err
     clusters = json.loads((tmp_path / "run" / "clusters.json").read_text("utf-8"))
     assert (clusters["experts"], len(clusters["clusters"])) == (3, 3)
+    assert "[device m2] sampled 64/64 texts" in done.err, "not by the name of its folder, checkpoint-7"
+    before, _, after = done.err.partition("[registry] ")
+    assert "recipe fused, 5 models given, run folder " in before
+    assert "\nif all are sound: base " in before
+    assert "\nif all are sound: models: 4 llama (" in before, "the fifth cannot be read"
+    assert "\nbase " not in before
+    assert "\nmodels: 3 llama (" in after
     done = invoke("fuse", given, "--out", tmp_path / "run", *FAST, "--set", "experts=5", "--until", "cluster")
     line = done.err.splitlines()[-1]
     assert done.code == 2
@@ -228,6 +235,11 @@ def test_what_cannot_be_fused_is_refused_before_any_work(zoo, tmp_path, invoke):
     assert done.code == 2
     assert done.err.splitlines()[-1].endswith("[base-too-small]")
     assert not (tmp_path / "run").exists()
+    shutil.rmtree(given / "gpt2")
+    done = invoke("fuse", given, "--out", tmp_path / "new" / "run", *FAST, "--set", "top_k=9")
+    assert done.code == 2
+    assert done.err.splitlines()[-1].endswith("[layout-top-k]")
+    assert not (tmp_path / "new").exists()
 
 
 def test_plan(zoo, settings, invoke):

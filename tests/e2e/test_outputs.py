@@ -30,7 +30,7 @@ from conftest import (
 )
 from deepfusion.cli import main
 from deepfusion.errors import InputError
-from deepfusion.families.moe import export_deepseek_v1
+from deepfusion.families.deepseek import export_deepseek_v1
 from deepfusion.models import deepen
 
 # device train
@@ -422,7 +422,7 @@ class Gone(importlib.abc.MetaPathFinder):
 for name in gone:
     sys.modules.pop(name, None)
 sys.meta_path.insert(0, Gone())
-import deepfusion.federation.join
+import deepfusion.federation.device.join
 from deepfusion.cli import main
 for line in LINES:
     sys.argv = ["deepfusion", *line]

@@ -17,7 +17,7 @@ import pytest
 
 from conftest import digests, overlay, run_settings, small_settings, write_config
 from deepfusion.errors import InputError
-from deepfusion.pipeline import read_manifest
+from deepfusion.manifest import Manifest
 
 pytestmark = pytest.mark.slow
 
@@ -107,7 +107,7 @@ def test_killed_at_random_moments(values, nursery, tmp_path):
     assert "continues at step" in (run / "log.txt").read_text("utf-8")
     assert digests(run, *WEIGHTS) == digests(tmp_path / "undisturbed", *WEIGHTS)
     assert not list((run / ".work").iterdir())
-    assert {entry["status"] for entry in read_manifest(run)["stages"].values()} == {"done"}
+    assert {entry.status for entry in Manifest.read(run).stages.values()} == {"done"}
 
 
 def test_command_line_with_workers_killed(values, tmp_path):

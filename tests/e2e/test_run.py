@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,13 @@ def outcome(home, values, command) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def run(home, outcome) -> Path:
     return home / "run"
+
+
+@pytest.fixture
+def mine(run, tmp_path) -> Path:
+    """The run folder, for one test to change."""
+    shutil.copytree(run, tmp_path / "run")
+    return tmp_path / "run"
 
 
 def redone(run: Path, act: Callable[[], object]) -> set[str]:
@@ -173,13 +181,13 @@ def test_generate_and_evaluate_commands(run, home, invoke):
     assert 0 <= metrics["choice_accuracy"] <= 1
 
 
-def test_status_and_report_for_people(run, invoke):
-    done = invoke("status", run)
+def test_status_and_report_for_people(mine, invoke):
+    done = invoke("status", mine)
     assert done.code == 0
     assert all(name in done.out for name in NAMES)
-    page = run / "report" / "index.html"
+    page = mine / "report" / "index.html"
     page.unlink()
-    done = invoke("report", run)
+    done = invoke("report", mine)
     assert done.code == 0, done.err
     assert str(page) in done.out.replace("\n", "")
     assert page.stat().st_size > 10_000
@@ -202,64 +210,61 @@ def test_no_test_document_reaches_devices_or_corpus(run):
     assert not [document for document in splits.test if document.text in corpus]
 
 
-def test_second_run_redoes_nothing(run, values):
-    before = digests(run, "uploads", "proxies", "bases", "moe")
-    assert redone(run, lambda: run_settings(values, run)) == {"report"}
-    assert digests(run, "uploads", "proxies", "bases", "moe") == before
+def test_second_run_redoes_nothing(mine, values):
+    before = digests(mine, "uploads", "proxies", "bases", "moe")
+    assert redone(mine, lambda: run_settings(values, mine)) == {"report"}
+    assert digests(mine, "uploads", "proxies", "bases", "moe") == before
 
 
-def test_changed_tuning_redoes_only_what_follows(run, values):
-    before = digests(run, "uploads", "proxies", "bases", "moe/merged")
+def test_changed_tuning_redoes_only_what_follows(mine, values):
+    before = digests(mine, "uploads", "proxies", "bases", "moe/merged")
     changed = overlay(values, tune={"steps": 2})
-    assert redone(run, lambda: run_settings(changed, run)) == {"tune", "evaluate", "report"}
-    assert digests(run, "uploads", "proxies", "bases", "moe/merged") == before
+    assert redone(mine, lambda: run_settings(changed, mine)) == {"tune", "evaluate", "report"}
+    assert digests(mine, "uploads", "proxies", "bases", "moe/merged") == before
 
 
-def test_without_the_control_its_files_go_and_the_rest_stays(run, values):
-    values = overlay(values, tune={"steps": 2})
-    final = digests(run, "moe/final")
+def test_without_the_control_its_files_go_and_the_rest_stays(mine, values):
+    final = digests(mine, "moe/final")
     without = overlay(values, tune={"control": False})
-    assert redone(run, lambda: run_settings(without, run)) == {"tune", "evaluate", "report"}
-    assert not (run / "moe" / "control").exists()
-    assert json.loads((run / "evaluation.json").read_text("utf-8"))["references"]["no_distillation"] is None
-    assert digests(run, "moe/final").keys() == final.keys()
-    assert redone(run, lambda: run_settings(without, run)) == {"report"}
-    assert redone(run, lambda: run_settings(values, run)) == {"tune", "evaluate", "report"}
-    assert (run / "moe" / "control" / "config.json").is_file()
-    assert digests(run, "moe/final") == final
+    assert redone(mine, lambda: run_settings(without, mine)) == {"tune", "evaluate", "report"}
+    assert not (mine / "moe" / "control").exists()
+    assert json.loads((mine / "evaluation.json").read_text("utf-8"))["references"]["no_distillation"] is None
+    assert digests(mine, "moe/final").keys() == final.keys()
+    assert redone(mine, lambda: run_settings(without, mine)) == {"report"}
+    assert redone(mine, lambda: run_settings(values, mine)) == {"tune", "evaluate", "report"}
+    assert (mine / "moe" / "control" / "config.json").is_file()
+    assert digests(mine, "moe/final") == final
 
 
-def test_a_lost_artefact_is_made_again_and_nothing_else(run, values):
-    values = overlay(values, tune={"steps": 2})
-    before = digests(run, "proxies", "moe")
-    (run / "clusters.json").unlink()
-    assert redone(run, lambda: run_settings(values, run)) == {"cluster", "report"}
-    assert digests(run, "proxies", "moe") == before
+def test_a_lost_artefact_is_made_again_and_nothing_else(mine, values):
+    before = digests(mine, "proxies", "moe")
+    (mine / "clusters.json").unlink()
+    assert redone(mine, lambda: run_settings(values, mine)) == {"cluster", "report"}
+    assert digests(mine, "proxies", "moe") == before
 
 
-def test_from_and_until_bound_the_stages(run, values):
-    values = overlay(values, tune={"steps": 2})
-    before = digests(run, "moe")
-    assert redone(run, lambda: run_settings(values, run, first="cluster", last="merge")) == {
+def test_from_and_until_bound_the_stages(mine, values):
+    before = digests(mine, "moe")
+    assert redone(mine, lambda: run_settings(values, mine, first="cluster", last="merge")) == {
         "cluster", "proxy", "distill", "merge",
     }  # fmt: skip
-    assert digests(run, "moe") == before  # the same config and seed give the same weights
-    states = {stage["name"]: stage["status"] for stage in status(run)["stages"]}
+    assert digests(mine, "moe") == before  # the same config and seed give the same weights
+    states = {stage["name"]: stage["status"] for stage in status(mine)["stages"]}
     assert set(states.values()) == {"done"}
 
 
-def test_other_data_is_refused_and_uploads_are_kept(run, home, values, invoke):
-    before = digests(run, "uploads")
+def test_other_data_is_refused_and_uploads_are_kept(mine, home, values, invoke):
+    before = digests(mine, "uploads")
     changed = overlay(values, seed=5)
-    done = invoke("run", write_config(home / "other.yaml", changed), "--out", run)
+    done = invoke("run", write_config(home / "other.yaml", changed), "--out", mine)
     assert done.code == 2
     assert "another-run" in done.err
     rows = (home / "finance.jsonl").read_text("utf-8")
     write_rows(home / "finance.jsonl", sentences("finance", 30, seed=1))
     with pytest.raises(InputError, match="another-run"):
-        run_settings(overlay(values, tune={"steps": 2}), run)
+        run_settings(values, mine)
     (home / "finance.jsonl").write_text(rows, "utf-8")
-    assert digests(run, "uploads") == before
+    assert digests(mine, "uploads") == before
 
 
 def test_until_leaves_the_rest_waiting(settings, tmp_path):

@@ -33,9 +33,9 @@ _HAND_IN = """
 import json, sys
 from pathlib import Path
 from deepfusion.federation import identity
-from deepfusion.federation.connection import Connection
+from deepfusion.federation.device.connection import Connection
 from deepfusion.federation.offer import parse_offer
-from deepfusion.federation.transfer import hand_in
+from deepfusion.federation.device.transfer import hand_in
 folder, port, ca = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 key = identity.device_key(folder.with_name(folder.name + ".pem"))
 offer = parse_offer(folder.with_name(folder.name + ".offer").read_text())

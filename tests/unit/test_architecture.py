@@ -12,10 +12,13 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src"
 MODULES = sorted(p for p in SOURCE.rglob("*.py") if p.name not in ("__init__.py", "__main__.py"))
 # From the ground up: each may import what stands before it, and nothing else.
-FLOOR = ("errors", "names", "config", "progress", "digests", "folders", "records", "jobs", "tiny")
+FLOOR = (
+    *("errors", "names", "plugins", "config", "progress", "digests", "folders", "manifest", "records"),
+    *("jobs", "tiny"),
+)
 ROOMS = (
     *("text", "inputs", "models", "uploads", "families", "learning", "report", "judge"),
-    *("stages", "pipeline", "federation", "cli", "bench"),
+    *("resume", "runfolder", "plan", "stages", "pipeline", "api", "federation", "cli", "bench"),
 )
 
 
@@ -106,3 +109,18 @@ def test_moving_uploads_needs_no_model_framework(module: str) -> None:
     check = f"import sys, {imported}; print({{'torch', 'transformers'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_families_are_named_in_their_own_files_only() -> None:
+    """But for the default of the config and the makers of the tiny bases."""
+    from deepfusion.families import base
+
+    known = set(base.names())
+    elsewhere = [p for p in MODULES if not {"families", "tiny"} & set(p.parts) and p.name != "config.py"]
+    found = [
+        f"{path.name}: {node.value}"
+        for path in elsewhere
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Constant) and node.value in known
+    ]
+    assert found == []

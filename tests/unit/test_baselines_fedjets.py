@@ -28,7 +28,7 @@ from conftest import digests, overlay, sentences, write_config, write_rows
 from deepfusion import progress
 from deepfusion.config import Config, load_config, parse_config
 from deepfusion.errors import InputError
-from deepfusion.families.moe import FAMILIES, is_expert_name
+from deepfusion.families.base import is_expert_name
 from deepfusion.learning.corpus import Window
 from deepfusion.stages import merge
 from deepfusion.text.rows import Document
@@ -130,6 +130,7 @@ def logits(model: PreTrainedModel) -> Tensor:
         return model(torch.arange(60).view(3, 20) * 5 % 300).logits
 
 
+FAMILIES = ("qwen2_moe", "qwen3_moe", "deepseek", "deepseek_v2", "deepseek_v3")
 CASES = [(family, 1, {}, 2) for family in FAMILIES] + [
     ("qwen2_moe", 2, {"split": 2, "shared_expert": "average"}, 2),
     ("deepseek", 2, DEEPSEEK, 2),

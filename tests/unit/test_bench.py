@@ -141,10 +141,10 @@ def test_no_device_is_trained_for_a_method_that_needs_none(tmp_path: Path) -> No
 
 def test_the_page_of_results_comes_from_the_committed_json_bit_for_bit(tmp_path: Path) -> None:
     assert page(RESULTS, ROOT / "benchmarks" / "results" / "costs.json") == (
-        ROOT / "docs" / "results.md"
+        ROOT / "benchmarks" / "results.md"
     ).read_text("utf-8")
     for plot in write_plots(RESULTS, tmp_path):
-        assert plot.read_bytes() == (ROOT / "docs" / plot.name).read_bytes()
+        assert plot.read_bytes() == (ROOT / "benchmarks" / plot.name).read_bytes()
 
 
 def test_the_bound_is_the_centralized_run_that_is_best_on_held_out_text(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from deepfusion.errors import InputError
-from deepfusion.families.moe import MoELayout, moe_config
+from deepfusion.families.base import MoELayout, moe_config
 from deepfusion.learning.memory import estimate_training_bytes
 from deepfusion.models import compact
 from deepfusion.models.architecture import architecture, parameter_total

@@ -83,3 +83,29 @@ def test_plan_of_all_presets_needs_no_network(invoke):
     assert {"gpt2", "tinyllama"} <= {fit["type"] for fit in plan["fits"]}
     table = invoke("device", "plan", "--memory", "2GB")
     assert "chosen: " in table.out
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "word"),
+    [
+        ("server start --embedded --public fusion.example.org", "bad-usage", "--public"),
+        ("server start --embedded --stay", "bad-usage", "--stay"),
+        ("server start --embedded --set federation.wait_for=3", "contradiction", "waits for all 4 devices"),
+        ("device join --server a:1 --upload u --type gpt2", "bad-usage", "--type"),
+        ("device join --server a:1 --upload u --memory 4GB", "bad-usage", "--memory"),
+        (
+            "config check --set recipe=paper --set clustering.proxies=16",
+            "contradiction",
+            "--set recipe=paper",
+        ),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(line, code, word, settings, tmp_path, invoke):
+    config = write_config(tmp_path / "config.yaml", settings)
+    given = [config, "--out", tmp_path / "run"] if line.startswith("server") else []
+    done = invoke(*line.split(), *given)
+    told = done.err.splitlines()[-1]
+    assert (done.code, done.out) == (2, "")
+    assert told.startswith("deepfusion: ")
+    assert f"[{code}]" in told
+    assert word in told

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from deepfusion.config import (
     CONFIGS,
     RECIPES,
+    RENAMED,
     Config,
     config_digest,
+    effective_handover,
     explain,
     known_keys,
     load_config,
@@ -60,18 +62,179 @@ def test_defaults_then_recipe_then_file_then_overrides(tmp_path):
 
 def test_nothing_is_handed_over_where_one_of_two_trainings_is_left_out(tmp_path):
     """The rate must fall to nothing at the end of all training, and start at its peak."""
-    assert load_config(overrides=["distill.handover=0.4"]).distill.handover == 0.4
+    assert effective_handover(load_config(overrides=["distill.handover=0.4"])) == 0.4
+    assert effective_handover(load_config()) == load_config().distill.handover == 0.3
     for alone in ("tune.steps=0", "distill.steps=0"):
-        config = load_config(overrides=[alone, "distill.handover=0.4"])
-        assert config.distill.handover == 0
+        config = load_config(overrides=[alone])
+        assert (effective_handover(config), config.distill.handover) == (0, 0.3)
+        assert config_digest(config, "distill") == config_digest(
+            load_config(overrides=[alone, "distill.handover=0"]), "distill"
+        )
         save_config(config, tmp_path / "saved.yaml")
         assert load_config(tmp_path / "saved.yaml") == config
 
 
-@pytest.mark.parametrize("apart", ["distill.trunk_share=0.5", "merge.router=prototype", "recipe=paper"])
-def test_each_base_has_one_proxy_where_it_learns_anything_of_its_own(apart):
-    assert load_config(overrides=["clustering.proxies=9"]).clustering.proxies == 9
-    assert load_config(overrides=["clustering.proxies=9", apart]).clustering.proxies is None
+def test_of_experts_and_top_k_the_one_that_nobody_has_set_gives_way():
+    assert (load_config().experts, load_config().top_k) == (4, 2)
+    more = parse_config({"top_k": 6})
+    assert (more.experts, "experts" in more.model_fields_set) == (6, False)
+    assert parse_config({"experts": 1}).top_k == 1
+    assert (Config(top_k=6).experts, Config(experts=1).top_k) == (6, 1)
+
+
+CONTRADICTIONS = [
+    (["tune.steps=0", "distill.handover=0.7"], "distill.handover=0.7", "--set distill.handover=0"),
+    (["distill.steps=0", "distill.handover=0.7"], "distill.steps is 0", "--set distill.handover=0"),
+    (["recipe=paper", "clustering.proxies=16"], "trunk_share is 0", "--set clustering.proxies=null"),
+    (
+        ["distill.trunk_share=0.5", "clustering.proxies=9"],
+        "trunk_share is 0.5",
+        "--set clustering.proxies=null",
+    ),
+    (["merge.router=prototype", "clustering.proxies=9"], "prototype", "--set clustering.proxies=null"),
+    (["recipe=paper", "tune.ce_weight=0.5"], "tune.teachers is false", "--set tune.ce_weight=1"),
+    (["tune.teachers=false", "tune.beta=3"], "tune.beta=3", "--set tune.beta=1"),
+    (["tune.teachers=false", "tune.chunk_weight=0"], "tune.chunk_weight=0", "--set tune.chunk_weight=0.1"),
+    (["data.partition.scheme=dirichlet"], "every device names its own data", "random_uneven"),
+    (
+        ["devices=null", "data.private=a.jsonl", "data.partition.scheme=by_domain"],
+        "each file is one",
+        "random_uneven",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "what", "fix"), CONTRADICTIONS, ids=str)
+def test_what_would_be_ignored_is_refused(overrides, what, fix):
+    with pytest.raises(InputError) as caught:
+        load_config(overrides=overrides)
+    error = caught.value
+    assert error.code == "contradiction"
+    assert error.where == " ".join(f"--set {override}" for override in overrides)
+    assert what in error.what
+    assert fix in str(error.fix)
+    if str(error.fix).startswith("--set "):
+        load_config(overrides=[*overrides, str(error.fix).removeprefix("--set ")])
+
+
+def test_a_contradiction_within_a_file_names_the_file(tmp_path):
+    file = written(tmp_path, "recipe: paper\nclustering: {proxies: 9}\n")
+    with pytest.raises(InputError, match=r"proxies=9.*\[contradiction\]") as caught:
+        load_config(file)
+    assert caught.value.where == file
+
+
+def test_what_changes_nothing_is_no_contradiction():
+    same = ["recipe=paper", "clustering.proxies=4", "tune.beta=1", "tune.ce_weight=1"]
+    assert load_config(overrides=same).clustering.proxies == 4
+    assert load_config(overrides=["tune.steps=0", "distill.handover=0.3"]).distill.handover == 0.3
+    assert load_config(overrides=["devices=8", "data.partition.scheme=dirichlet"]).devices == 8
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_shipped_configs_are_the_same_after_a_round_trip(path, tmp_path):
+    config = load_config(path)
+    save_config(config, tmp_path / "saved.yaml")
+    again = load_config(tmp_path / "saved.yaml")
+    assert again == config
+    assert config_digest(again) == config_digest(config)
+
+
+VALID = {
+    "seed": st.integers(0, 2**31 - 1),
+    "recipe": st.sampled_from(["paper", "fused"]),
+    "experts": st.integers(1, 9),
+    "top_k": st.integers(1, 9),
+    "jobs": st.none() | st.integers(1, 4),
+    "devices": st.none()
+    | st.integers(1, 9)
+    | st.just([{"type": "tiny-gpt2", "data": "a #1.jsonl"}, {"type": "x"}]),
+    "data.private": st.text(max_size=8) | st.lists(st.text(max_size=8), max_size=3),
+    "data.test": st.floats(0.01, 0.9) | st.text(max_size=8),
+    "data.partition.scheme": st.sampled_from(["by_domain", "random_uneven", "dirichlet"]),
+    "clustering.proxies": st.none() | st.integers(1, 20),
+    "distill.steps": st.integers(0, 3),
+    "distill.handover": st.floats(0, 1),
+    "distill.trunk_share": st.floats(0, 1),
+    "tune.steps": st.integers(0, 3),
+    "tune.beta": st.floats(0, 9),
+    "tune.teachers": st.booleans(),
+    "merge.split": st.integers(1, 2),
+    "merge.router": st.sampled_from(["random", "prototype"]),
+}
+
+
+@given(st.fixed_dictionaries({}, optional=VALID))
+def test_configs_are_the_same_after_a_round_trip(tmp_path_factory, values):
+    folder = tmp_path_factory.mktemp("round")
+    nested: dict = {}
+    for key, value in values.items():
+        *sections, last = key.split(".")
+        holder = nested
+        for section in sections:
+            holder = holder.setdefault(section, {})
+        holder[last] = value
+    try:
+        config = load_config(written(folder, yaml.safe_dump(nested, allow_unicode=True)))
+    except InputError:
+        return  # they contradict each other
+    for key, value in values.items():  # the config keeps what was said
+        found = config.model_dump(mode="json", exclude_unset=True)
+        for part in key.split("."):
+            found = found[part]
+        assert found == value
+    save_config(config, folder / "saved.yaml")
+    assert load_config(folder / "saved.yaml") == config
+
+
+RENAMINGS = {"tune.moe_steps": "tune.steps", "shape": "merge", "top": "top_k"}
+
+
+def test_an_old_name_is_accepted_with_a_warning(tmp_path, capsys):
+    file = written(tmp_path, "top: 3\nshape: {split: 2}\ntune: {moe_steps: 7, batch_size: 3}\n")
+    config = load_config(file, ["shape.router=prototype"], renamed=RENAMINGS)
+    new = written(
+        tmp_path, "top_k: 3\nmerge: {split: 2, router: prototype}\ntune: {steps: 7, batch_size: 3}\n"
+    )
+    told = capsys.readouterr().err.splitlines()
+    assert config == load_config(new)
+    assert sorted(line.split(": ")[1].split(";")[0] for line in told) == [
+        "shape is now called merge",
+        "shape is now called merge",
+        "top is now called top_k",
+        "tune.moe_steps is now called tune.steps",
+    ]
+    assert told[-1].startswith("--set shape.router=prototype: ")
+    assert all(str(file) in line for line in told[:-1])
+    assert capsys.readouterr().err == ""
+
+
+def test_an_old_name_beside_the_new_one_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"tune.moe_steps and tune.steps are one key.*\[contradiction\]"):
+        load_config(written(tmp_path, "tune: {moe_steps: 7, steps: 8}\n"), renamed=RENAMINGS)
+    over = load_config(written(tmp_path, "tune: {moe_steps: 7}\n"), ["tune.steps=8"], renamed=RENAMINGS)
+    assert over.tune.steps == 8
+
+
+def test_an_error_below_an_old_name_says_the_new_one(tmp_path):
+    with pytest.raises(InputError, match=r"^--set tune.steps=-1: tune.steps: "):
+        load_config(overrides=["tune.moe_steps=-1"], renamed=RENAMINGS)
+
+
+def test_renamed_keys_are_known_and_listed_for_users():
+    """Nothing renamed may still exist by its old name, and RELEASE.md tells of each."""
+    text = (ROOT / "RELEASE.md").read_text("utf-8")
+    sections = {key.rpartition(".")[0] for key in known_keys()}
+    for old, new in RENAMED.items():
+        assert new in sections | set(known_keys())
+        assert old not in sections | set(known_keys())
+        assert f"| `{old}` | `{new}` |" in text
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_shipped_configs_use_no_old_name(path, capsys):
+    load_config(path)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -222,9 +385,20 @@ def test_the_value_of_an_override_is_what_was_typed(name: str) -> None:
         ("device.steps=0", r"\[--set device.steps=0\]|--set device.steps=0"),
         ("data.partition={scheme: none}", "--set data.partition="),
         ("data.private=[a #1.jsonl]", "quote"),
+        ("top_k=5", "--set top_k=5: top_k=5 is more than experts=4"),
+        ("top_k=1", "^--set top_k=1: top_k=1 gives"),
+        ("devices=0", "^--set devices=0: "),
     ],
 )
 def test_an_error_names_the_override_that_caused_it(override: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
         load_config(None, ["seed=3", override])
     assert "quickstart.yaml" not in str(error.value)
+
+
+def test_a_packaged_config_gives_way_to_what_is_set() -> None:
+    path = CONFIGS / "fuse.yaml"
+    assert load_config(path).clustering.proxies == 16
+    assert load_config(path, ["recipe=paper"]).clustering.proxies is None
+    with pytest.raises(InputError, match="contradiction"):
+        load_config(path, ["recipe=paper", "clustering.proxies=16"])

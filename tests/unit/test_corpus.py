@@ -124,8 +124,9 @@ def test_samples_are_read_no_more_often_than_their_share(real, sampled, share):
         )  # and no less often
 
 
-def test_samples_follow_the_seed_and_hold_what_their_proxy_knows(zoo, proxies, tmp_path):
-    first, second, other = (sample_texts(proxies[0], 6, 96, seed, "fp32") for seed in (1, 1, 2))
+def test_samples_follow_the_seed_and_hold_what_their_proxy_knows(zoo, proxies, tmp_path, capfd):
+    first, second, other = (sample_texts(proxies[0], 6, 96, seed, "fp32", "proxy 0") for seed in (1, 1, 2))
+    assert "[proxy 0] sampled 6/6 texts\n" in capfd.readouterr().err
     assert first == second != other
     documents = [Window(Document("", text, "?"), "public") for text in first + other]
     found = assign_teachers(documents, proxies, config(zoo, tmp_path, ["in_domain"]))

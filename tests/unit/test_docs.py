@@ -1,5 +1,5 @@
 """The documentation says what the program does: commands parse, configs load, codes and modules are listed, links
-resolve.
+resolve, and the site is made of all pages.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import ast
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,11 @@ from deepfusion.config import CONFIGS, load_config
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src"
-DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+DOCS = sorted([*ROOT.glob("*.md"), *PAGES, *(ROOT / "benchmarks").glob("*.md")])
+WRITTEN = [
+    doc for doc in DOCS if doc.parent.name != "benchmarks" or doc.stem == "experiments"
+]  # not by a program
 SMALLEST = ["device.steps=3", "distill.steps=8", "tune.steps=1", "data.sampled_documents=2", "jobs=1"]
 
 
@@ -117,7 +122,7 @@ def _codes_of_the_source() -> set[str]:
 
 def test_every_error_code_is_documented_and_exists() -> None:
     documented = re.findall(
-        r"^\| `([a-z0-9-]+)` \|", (ROOT / "docs" / "errors.md").read_text("utf-8"), re.MULTILINE
+        r"^\| `([a-z0-9-]+)` \|", (ROOT / "docs" / "reference" / "errors.md").read_text("utf-8"), re.MULTILINE
     )
     codes = _codes_of_the_source()
     assert len(documented) == len(set(documented)), "a code stands twice"
@@ -162,10 +167,79 @@ def test_make_targets_exist() -> None:
     assert {"demo", "test"} <= named <= targets
 
 
-def test_readme_shows_the_example() -> None:
-    shown = _blocks(ROOT / "README.md", "python")
+def test_the_researchers_guide_shows_the_example() -> None:
+    shown = _blocks(ROOT / "docs" / "guides" / "researcher.md", "python")
     _, _, code = (ROOT / "examples" / "python_api.py").read_text("utf-8").partition('"""\n\n')
     assert shown == [code]
+
+
+@pytest.mark.parametrize(("doc", "most"), [("README.md", 1000), ("docs/method.md", 1500)])
+def test_documents_that_many_read_are_short(doc: str, most: int) -> None:
+    assert len((ROOT / doc).read_text("utf-8").split()) <= most
+
+
+def test_the_method_has_no_spreads() -> None:
+    assert "±" not in (ROOT / "docs" / "method.md").read_text("utf-8"), "experiments stand in benchmarks"
+
+
+@pytest.mark.parametrize("doc", WRITTEN, ids=_name)
+def test_lines_of_prose_are_at_most_120_long(doc: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", doc.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    assert [line for line in text.splitlines() if len(line) > 120 and not line.startswith("|")] == []
+
+
+def test_every_page_stands_in_the_navigation_of_the_site() -> None:
+    site = (ROOT / "mkdocs.yml").read_text("utf-8")
+    named = set(re.findall(r"^ +- .+: (\S+\.md)$", site, re.MULTILINE))
+    made = (ROOT / "mkdocs_hooks.py").read_text("utf-8")
+    pages = {str(page.relative_to(ROOT / "docs")) for page in PAGES}
+    assert {page for page in pages - named if page not in made} == set()
+    assert {page for page in named - pages if page not in made and not (ROOT / page).is_file()} == set()
+
+
+def _build_site(config: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(SOURCE)}
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--config-file",
+        config,
+        "--site-dir",
+        site,
+    ]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning_and_holds_what_the_code_says(tmp_path: Path) -> None:
+    done = _build_site(ROOT / "mkdocs.yml", tmp_path)
+    assert done.returncode == 0, done.stderr
+    for page, said in (
+        ("index.html", "Mixture-of-Experts"),
+        ("reference/keys.html", "distill.trunk_share"),
+        ("reference/commands.html", "deepfusion device join"),
+        ("reference/schemas.html", "encoding_error"),
+        ("reference/python/learning.html", "deepfusion.learning.vaa.ViewAlignedAttention"),
+        ("benchmarks/experiments.html", "What matters and what does not?"),
+    ):
+        assert said in (tmp_path / page).read_text("utf-8"), page
+
+
+@pytest.mark.slow
+def test_a_broken_link_breaks_the_site(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    for name in ("benchmarks", "examples", "src", ".ci"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name in ("mkdocs.yml", "mkdocs_hooks.py", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    with (tmp_path / "docs" / "quickstart.md").open("a") as page:
+        page.write("\n[nowhere](guides/nowhere.md)\n")
+    done = _build_site(tmp_path / "mkdocs.yml", tmp_path / "site")
+    assert done.returncode != 0
+    assert "guides/nowhere.md" in done.stderr
 
 
 @pytest.mark.slow
@@ -194,3 +268,17 @@ def test_examples_run(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "Question: Which vitamin" in done.stdout
+
+    call = (
+        f"import own_methods; from pathlib import Path; own_methods.main(Path('own'), {[*few, 'jobs=2']!r})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", call],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "own" / "moe" / "final" / "config.json").is_file()

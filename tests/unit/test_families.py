@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from transformers import (
     DeepseekV3Config,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -24,20 +27,25 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from deepfusion import plugins
+from deepfusion.config import load_config
 from deepfusion.errors import InputError
-from deepfusion.families.moe import (
-    FAMILIES,
+from deepfusion.families.base import (
+    Family,
     MoELayout,
     check_base,
     expert_parameters,
-    export_deepseek_v1,
+    get,
     is_expert_name,
     merge_tensors,
     moe_config,
+    names,
+    of,
     parameter_count,
     pinned_parameters,
     router_logits_by_layer,
 )
+from deepfusion.families.deepseek import export_deepseek_v1
 from deepfusion.models.checkpoints import TensorReader, TensorWriter
 
 # A Qwen2Moe without shared experts has empty weights, which torch remarks on.
@@ -54,8 +62,10 @@ SIZES = {
 }
 MLA = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8}
 K = 3
+FAMILIES = names()
 LAYOUTS = [  # shared, split, top_k, dense layers
     ("none", 1, 1, ()),
+    ("none", 2, 2, ()),
     ("none", 4, 2, (0,)),
     ("zero", 2, 1, ()),
     ("average", 1, 2, (0,)),
@@ -73,6 +83,8 @@ def base_config(family: str, **changes: object) -> PretrainedConfig:
             return Qwen3Config(**{**sizes, "num_key_value_heads": 2, "head_dim": 16})
         case "deepseek":
             return LlamaConfig(**sizes)
+        case "mixtral":
+            return MistralConfig(**{**sizes, "num_key_value_heads": 2}, sliding_window=None)
         case "deepseek_v2":
             return DeepseekV2Config(**sizes, **MLA, first_k_dense_replace=2)
         case _:
@@ -122,11 +134,17 @@ def tokens(seed: int = 0, shape: tuple[int, int] = (2, 24)) -> torch.Tensor:
     return torch.randint(0, 64, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def first(family: str) -> tuple[int, ...]:
+    """The first layer, where a family can have dense ones."""
+    return () if get(family).leading_dense is False else (0,)
+
+
 def layouts(family: str) -> list[MoELayout]:
     return [
         MoELayout(family, K, top_k, split, shared, dense)
         for shared, split, top_k, dense in LAYOUTS
-        if family != "qwen3_moe" or shared == "none"
+        if (get(family).shared_experts or shared == "none")
+        and (get(family).leading_dense is not False or not dense)
     ]
 
 
@@ -180,7 +198,10 @@ def test_experts_are_copies_and_the_rest_is_the_mean(bases, family):
     for name, tensor in merged.items():
         if is_expert_name(name):
             number = int(name.split(".experts.")[1].split(".")[0])
-            assert torch.equal(tensor, states[number][name.replace(f"experts.{number}.", "")])
+            own = name.replace(f"experts.{number}.", "").replace("block_sparse_moe", "mlp")
+            for stored, usual in {"w1.": "gate_proj.", "w2.": "down_proj.", "w3.": "up_proj."}.items():
+                own = own.replace(stored, usual)
+            assert torch.equal(tensor, states[number][own])
         elif name in states[0]:
             torch.testing.assert_close(tensor, torch.stack([state[name] for state in states]).mean(0))
     assert any(is_expert_name(name) for name in merged)
@@ -231,7 +252,7 @@ def test_bf16_bases_give_a_bf16_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_family_names_the_bases_it_takes(family):
-    with pytest.raises(InputError, match=rf"gpt2.*{family}.*allowed: (qwen|llama|deepseek)"):
+    with pytest.raises(InputError, match=rf"gpt2.*{family}.*allowed: (qwen|llama|deepseek|mistral)"):
         check_base(family, GPT2Config())
     check_base(family, base_config(family))
 
@@ -259,7 +280,8 @@ def test_bases_with_parts_that_the_moe_lacks_are_refused(family, config):
         {"top_k": 4},
         {"split": 0},
         {"shared": "half"},
-        {"family": "mixtral"},
+        {"family": "switch"},
+        {"family": "mixtral", "shared": "zero"},
         {"family": "qwen3_moe", "shared": "average"},
         {"family": "deepseek_v3", "experts": 1, "top_k": 1},
     ],
@@ -304,14 +326,16 @@ def test_merge_refuses_wrong_numbers_of_bases_and_router_shapes(bases):
 )
 def test_counts_match_the_tensors_written(bases, family, experts, split, data):
     models, folders = bases[family]
-    shared = "none" if family == "qwen3_moe" else data.draw(st.sampled_from(["none", "zero", "average"]))
+    shared = (
+        "none" if not get(family).shared_experts else data.draw(st.sampled_from(["none", "zero", "average"]))
+    )
     layout = MoELayout(
         family,
         experts,
         data.draw(st.integers(1, experts)),
         split,
         shared,
-        data.draw(st.sampled_from([(), (0,)])),
+        data.draw(st.sampled_from([(), first(family)])),
     )
     merged = dict(merge_tensors(layout, [TensorReader(folders[0])] * experts, models[0].config, None))
     sizes = {name: tensor.numel() for name, tensor in merged.items() if "e_score_correction_bias" not in name}
@@ -354,7 +378,7 @@ def test_the_layouts_of_qwen_moe_and_deepseek_moe_are_reachable():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_router_logits_are_recorded_layer_by_layer_with_gradient(bases, tmp_path, family):
     models, folders = bases[family]
-    layout = MoELayout(family, K, 2, split=2, dense_layers=(0,))
+    layout = MoELayout(family, K, 2, split=2, dense_layers=first(family))
     moe = merge(layout, folders, models[0].config, tmp_path)
     seen = {}
     gate = moe.model.layers[1].mlp.gate
@@ -364,7 +388,7 @@ def test_router_logits_are_recorded_layer_by_layer_with_gradient(bases, tmp_path
     with router_logits_by_layer(moe) as logits:
         moe(tokens())
         hook.remove()
-        assert list(logits) == [1]
+        assert list(logits) == ([1] if first(family) else [0, 1])
         assert logits[1].shape == (48, 6)
         assert logits[1].dtype == torch.float32
         torch.testing.assert_close(logits[1], seen["hidden"] @ gate.weight.T)
@@ -378,9 +402,12 @@ def test_router_logits_are_recorded_layer_by_layer_with_gradient(bases, tmp_path
 @pytest.mark.parametrize("family", FAMILIES)
 def test_expert_and_pinned_parameters(bases, tmp_path, family):
     models, folders = bases[family]
-    moe = merge(MoELayout(family, K, 2, dense_layers=(0,)), folders, models[0].config, tmp_path)
+    moe = merge(MoELayout(family, K, 2, dense_layers=first(family)), folders, models[0].config, tmp_path)
+    layers = (1,) if first(family) else (0, 1)
     assert expert_parameters(moe) == [
-        f"model.layers.1.mlp.experts.{part}" for part in ("gate_up_proj", "down_proj")
+        f"model.layers.{layer}.mlp.experts.{part}"
+        for layer in layers
+        for part in ("gate_up_proj", "down_proj")
     ]
     assert pinned_parameters(moe) == (
         ["model.layers.1.mlp.shared_expert_gate.weight"] if family == "deepseek" else []
@@ -450,3 +477,38 @@ def test_deepseek_v1_export_refuses_what_it_cannot_express(bases, tmp_path):
     with pytest.raises(InputError, match="export-gate"):
         export_deepseek_v1(tmp_path / "tuned", tmp_path / "v1")
     assert not (tmp_path / "v1" / "config.json").exists()
+
+
+def test_a_family_of_a_program_of_ones_own_is_one_like_all(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
+    before = dict(plugins._registered)
+    try:
+        import own_family
+
+        assert own_family.FlexOlmo.name in names()
+        assert load_config(None, ["family=flex_olmo", "distill.base=x"]).family == "flex_olmo"
+        config = Olmo2Config(**SIZES)
+        base = random_base(config)
+        base.save_pretrained(tmp_path / "base")
+        for split, top_k in ((1, 2), (2, 1), (4, 3)):
+            layout = MoELayout("flex_olmo", K, top_k, split)
+            moe = merge(layout, [tmp_path / "base"] * K, config, tmp_path / f"{split}")
+            with torch.no_grad():
+                assert (base(tokens()).logits - moe(tokens()).logits).abs().max() < 1e-5
+        with pytest.raises(InputError, match="allowed: olmo2"):
+            check_base("flex_olmo", base_config("mixtral"))
+    finally:
+        plugins._registered.clear()
+        plugins._registered.update(before)
+        sys.modules.pop("own_family", None)
+    with pytest.raises(InputError, match=r"there is no 'flex_olmo' among .*mixtral"):
+        load_config(None, ["family=flex_olmo"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_family_of_a_finished_moe_is_known(bases, family):
+    models, _ = bases[family]
+    found = of(moe_config(models[0].config, MoELayout(family, K, 2)))
+    assert isinstance(found, Family)
+    assert found.name == family
+    assert of(GPT2Config()) is None

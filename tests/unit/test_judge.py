@@ -36,7 +36,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        request = {"path": self.path, "headers": dict(self.headers), "body": body, **sent_data(body)}
+        request = {
+            "path": self.path,
+            "headers": {name.title(): value for name, value in self.headers.items()},
+            "body": body,
+            **sent_data(body),
+        }
         with self.server.lock:
             self.server.requests.append(request)
             steps = self.server.script.get(request["question"], [])
@@ -474,6 +479,7 @@ def test_a_killed_run_goes_on(endpoint: Endpoint, tmp_path: Path) -> None:
     endpoint.usual = halfway
     script = (
         "import sys; from pathlib import Path; from deepfusion.judge import Answer, Judge\n"
+        "from deepfusion import progress; progress.to_terminal()\n"
         "url, cache, *questions = sys.argv[1:]\n"
         "answers = [Answer('medicine', q, 'Rest.', 'Two weeks of rest.') for q in questions]\n"
         "Judge(url, 'grader', cache=Path(cache)).score(answers)\n"
@@ -548,6 +554,23 @@ def test_the_endpoint_may_be_named_in_full(endpoint: Endpoint, tail: str) -> Non
     assert endpoint.requests[0]["path"] == "/v1/chat/completions"
 
 
+def test_an_endpoint_learns_nothing_of_this_machine(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_ORG_ID", "somebody")
+    judge(endpoint).score(answers("Why?"))
+    [request] = endpoint.requests
+    told = {name for name in request["headers"] if name.startswith(("X-", "Openai-"))}
+    assert told == set()
+    assert "somebody" not in str(request["headers"])
+
+
+def test_a_packed_answer_is_not_unpacked(endpoint: Endpoint) -> None:
+    endpoint.usual = lambda handler, _: handler.give(200, {"choices": []}, Content_Encoding="gzip")
+    with pytest.raises(InputError, match="judge-unreachable"):
+        judge(endpoint).score(answers("Why?"))
+
+
 def test_an_endpoint_without_keys_gets_none(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DEEPFUSION_JUDGE_KEY")
     judge(endpoint).score(answers("A?"))
@@ -563,11 +586,11 @@ def test_a_key_that_is_none_is_not_shown(monkeypatch: pytest.MonkeyPatch, key: s
     assert key not in str(caught.value)
 
 
-def test_httpx_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "httpx", None)
+def test_openai_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(InputError) as caught:
         Judge("https://host/v1", "grader")
-    assert caught.value.code == "no-httpx"
+    assert caught.value.code == "no-openai"
 
 
 def test_prices() -> None:

@@ -185,6 +185,20 @@ def test_every_way_to_give_choices(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("options", "right"),
+    [(["red", "green"], 1), (["1", "2"], 0), (["A. 1", "B. 2"], 0)],
+)
+def test_an_index_as_text_is_read_alike_in_rows_and_tables(
+    options: list[str], right: int, tmp_path: Path
+) -> None:
+    row = {"question": "Which?", "options": options, "answer": "1"}
+    (tmp_path / "x.jsonl").write_text(lines([row]), "utf-8")
+    (tmp_path / "x.csv").write_text(table([row], ","), "utf-8")
+    for name in ("x.jsonl", "x.csv"):
+        assert [document.answer for document in read_documents(tmp_path / name)] == [right], name
+
+
 def test_copies_are_counted_and_variants_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

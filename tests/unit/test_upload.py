@@ -263,6 +263,23 @@ def test_damage_is_found(code: str, upload: Path) -> None:
     assert codes(upload) == {code}
 
 
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "the card is damaged: Invalid JSON: EOF while parsing a value at line 1 column 0"),
+        (b"\xff\xfe\x00", "the card is damaged: Invalid JSON: expected value at line 1 column 1"),
+        (b"[]", "the card is damaged: Input should be an object"),
+        (b'{"schema_version": 2}', "the card is wrong at schema_version: Input should be 1"),
+    ],
+)
+def test_a_damaged_card_is_one_line_that_names_it(content: bytes, what: str, upload: Path) -> None:
+    (upload / CARD).write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read_card(upload)
+    assert str(error.value) == f"{upload / CARD}: {what}; fix: make the upload again [card-invalid]"
+    assert [(problem.message, problem.file) for problem in check_upload(upload, LIMIT)] == [(what, CARD)]
+
+
 def test_sizes_and_links_are_bounded(upload: Path) -> None:
     assert codes(upload, max_bytes=1000) == {"too-large"}
     hard_link(upload)

@@ -27,13 +27,13 @@ def config_show(config: ConfigFile = None, set: Overrides = None, json_: Json = 
 def config_check(config: ConfigFile = None, set: Overrides = None, json_: Json = False) -> None:
     """Check a config: keys, types, data sources and models."""
     from deepfusion.families import bases
-    from deepfusion.models.presets import base_checkpoint
+    from deepfusion.families.bases import base_checkpoint
     from deepfusion.text.splits import make_splits
 
     checked: Config = load_config(config, set or [])
     checked = bases.with_base(checked, bases.teachers_of_config(checked))
     bases.check(checked)
-    base = base_checkpoint(checked.distill.base, checked.family)
+    base = base_checkpoint(checked)
     splits = make_splits(checked)
     facts = {
         "ok": True,

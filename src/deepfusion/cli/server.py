@@ -12,6 +12,7 @@ from rich.table import Table
 
 from deepfusion.cli.shared import Json, Overrides, need_flower, print_json, print_outcome
 from deepfusion.config import load_config
+from deepfusion.errors import InputError
 
 server_app = typer.Typer(help="A federation of devices on other machines.", no_args_is_help=True)
 ServerHome = Annotated[Path, typer.Option(help="folder of the server's keys and enrolled devices")]
@@ -47,6 +48,9 @@ def server_start(
     from deepfusion.config import CONFIGS
 
     if embedded:
+        if public or certificate or certificate_key or stay:
+            what = "--public, --certificate, --certificate-key and --stay are for a server that devices reach"
+            raise InputError(what, fix="leave them out, or --embedded", code="bad-usage")
         from deepfusion import pipeline
         from deepfusion.federation.flower.embedded import source
 

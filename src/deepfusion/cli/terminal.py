@@ -55,6 +55,7 @@ def prepare() -> None:
             warnings.filterwarnings("ignore", category=category, module=r"(?!deepfusion)")
         if logging.lastResort is not None:  # prints what no handler was set up for
             logging.lastResort.setLevel(logging.ERROR)
+    progress.to_terminal()
     typer.main.TyperArgument = _Argument  # type: ignore[misc]
 
 

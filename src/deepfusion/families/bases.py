@@ -11,13 +11,14 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from deepfusion.config import Config, cluster_count
+from deepfusion.config import Config, cluster_count, effective_proxies
 from deepfusion.errors import InputError
-from deepfusion.families.moe import BASES, FAMILIES, MoELayout, check_base, moe_config, parameter_count
+from deepfusion.families import base as families
+from deepfusion.families.base import MoELayout, check_base, moe_config, parameter_count
 from deepfusion.models import formats
 from deepfusion.models.architecture import parameter_total, read_config
 from deepfusion.models.checkpoints import TensorReader
-from deepfusion.models.presets import PRESETS, base_checkpoint, is_hub_name, model_config, resolve
+from deepfusion.models.presets import PRESETS, is_hub_name, model_config, require_plain, resolve
 from deepfusion.records import Registry, Rejected
 from deepfusion.uploads.intake import Survey
 
@@ -56,8 +57,24 @@ def layout(config: Config) -> MoELayout:
         top_k=config.top_k,
         split=config.merge.split,
         shared=config.merge.shared_expert,
-        dense_layers=tuple(config.merge.dense_layers),
+        dense_layers=tuple(sorted(set(config.merge.dense_layers))),
     )
+
+
+def base_checkpoint(config: Config) -> Path:
+    """Folder of the public dense base that distillation starts from; by default the tiny base of the family.
+
+    Raises:
+        InputError: there is none, or it is not stored as plain weights of its class.
+    """
+    name = config.distill.base or families.get(config.family).tiny_base
+    if name is None:
+        fix = "--set distill.base=FOLDER_OR_HUB_NAME"
+        what = f"no base comes with the package for {config.family}"
+        raise InputError(what, where="distill.base", fix=fix, code="no-base")
+    folder = Path(resolve(name))
+    require_plain(folder, named_whole=True)
+    return folder
 
 
 def teachers_of_config(config: Config) -> list[Teacher]:
@@ -144,16 +161,17 @@ def with_base(config: Config, teachers: Sequence[Teacher]) -> Config:
     found = [
         (-teacher.weights, teacher.name, family, teacher.folder)
         for teacher in teachers if teacher.folder is not None
-        if (family := _family(config, teacher.config, (config.family,) if named else FAMILIES)) is not None
+        if (family := _family(config, teacher.config, (config.family,) if named else families.names())) is not None
     ]  # fmt: skip
     if found:
         _, _, family, folder = min(found)
         distill = config.distill.model_copy(update={"base": str(folder.resolve())})
         config = config.model_copy(update={"family": family, "distill": distill})
-    base = base_checkpoint(config.distill.base, config.family)
+    base = base_checkpoint(config)
     weights, largest = parameter_total(read_config(base)), max(teachers, key=lambda teacher: teacher.weights)
     if 2 * weights < largest.weights:
-        allowed = BASES[config.family] if named else "a dense llama, qwen2, qwen3, deepseek_v2 or deepseek_v3"
+        chosen = [config.family] if named else families.names()
+        allowed = "; ".join(f"for {name} {families.get(name).bases}" for name in chosen)
         raise InputError(
             f"the base {base.name} has {amount(weights)} weights, {largest.name} that it learns from "
             f"{amount(largest.weights)}",
@@ -173,7 +191,7 @@ def with_experts(config: Config, count: int, types: int) -> Config:
     """
     if "experts" not in config.model_fields_set:
         experts = min(count, MOST_EXPERTS)
-        if types > max(experts, min(config.clustering.proxies or experts, count)):
+        if types > effective_proxies(config, experts, count):
             experts = types  # each type needs a cluster
         top_k = config.top_k if "top_k" in config.model_fields_set else min(config.top_k, experts)
         config = config.model_copy(update={"experts": experts, "top_k": top_k})
@@ -188,7 +206,7 @@ def check(config: Config) -> None:
         InputError: it cannot become an MoE of the family, is not stored as plain weights, or holds NaN or infinite
             values.
     """
-    base = base_checkpoint(config.distill.base, config.family)
+    base = base_checkpoint(config)
     check_base(config.family, read_config(base))
     with TensorReader(base) as reader:
         formats.check_finite(((name, reader.get(name)) for name in reader.names()), base)
@@ -200,13 +218,13 @@ def describe(config: Config, teachers: Sequence[Teacher], word: str) -> list[str
     Args:
         word: what the teachers are, such as "devices".
     """
-    folder = base_checkpoint(config.distill.base, config.family)
+    folder = base_checkpoint(config)
     base = read_config(folder)
     size = parameter_count(moe_config(base, layout(config)))
     name = (
         config.distill.base if config.distill.base and not Path(config.distill.base).exists() else folder.name
     )
-    moe = f"{amount(size['total'])} weights, {amount(size['active'])} active per token"
+    moe = f"{amount(size['total'])} weights, {amount(size['active'])} active per token, {config.family}"
     lines = [f"base {name}: {amount(parameter_total(base))} weights; MoE of {config.experts} experts: {moe}"]
     kinds = Counter((teacher.type, teacher.weights) for teacher in teachers)
     if kinds:

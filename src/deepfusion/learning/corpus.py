@@ -21,7 +21,7 @@ from deepfusion.errors import InputError
 from deepfusion.folders import write_whole
 from deepfusion.jobs import run_jobs
 from deepfusion.learning.metrics import bits_per_byte_of_each
-from deepfusion.models.loading import context_limit, load_model, load_tokenizer
+from deepfusion.models.loading import compute_device, context_limit, load_model, load_tokenizer
 from deepfusion.records import REDO, CorpusRow, invalid
 from deepfusion.text.overlap import overlap
 from deepfusion.text.rows import Document, from_row, to_row
@@ -80,8 +80,7 @@ def sample_counts(each: int, taught: list[int]) -> list[int]:
 
     A proxy that teaches less than a quarter of its fair share of the public text is a weaker copy of others, as
     happens where devices of several types hold alike text; the others are asked for its part. Where no public text
-    can tell, all
-    are asked for `each`.
+    can tell, all are asked for `each`.
 
     Args:
         taught: public documents that each proxy knows best.
@@ -138,11 +137,14 @@ def read_corpus(path: Path) -> list[Window]:
     return windows
 
 
-def sample_texts(folder: Path, count: int, max_chars: int, seed: int, precision: str) -> list[str]:
-    """Texts drawn from a model at temperature 1, from the start-of-text token to its end token or the length limit."""
+def sample_texts(folder: Path, count: int, max_chars: int, seed: int, precision: str, who: str) -> list[str]:
+    """Texts drawn from a model at temperature 1, from the start-of-text token to its end token or the length limit.
+
+    Args:
+        who: what the person who waits knows the model as, such as "device ward"; its folder may be called anything.
+    """
     model, tokenizer = load_model(folder, precision).eval(), load_tokenizer(folder)
-    if torch.cuda.is_available():
-        model.to("cuda")
+    torch.nn.Module.to(model, compute_device())
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     limit = min((context_limit(model) or max_chars) - 1, max(16, max_chars // 3))
     torch.manual_seed(seed)
@@ -155,7 +157,7 @@ def sample_texts(folder: Path, count: int, max_chars: int, seed: int, precision:
                 max_new_tokens=limit, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
             )  # fmt: skip
         texts += tokenizer.batch_decode(ids[:, 1:], skip_special_tokens=True)
-        progress.say(f"[distill sample {folder.name}] {len(texts)}/{count} texts")
+        progress.say(f"[{who}] sampled {len(texts)}/{count} texts")
     return [text for text in (t.strip() for t in texts) if len(text) > 16]
 
 
@@ -163,7 +165,8 @@ def _sampled(config: Config, proxies: list[Path], counts: list[int], work: Path)
     asked = [number for number, count in enumerate(counts) if count]
     jobs = [
         {"folder": proxies[number], "count": counts[number], "max_chars": config.data.max_chars,
-         "seed": config.seed * 1000 + number, "precision": config.precision, "cache": work / f"sampled-{number}.json"}
+         "seed": config.seed * 1000 + number, "precision": config.precision, "who": f"proxy {number}",
+         "cache": work / f"sampled-{number}.json"}
         for number in asked
     ]  # fmt: skip
     windows = []

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepfusion import progress
 from deepfusion.config import VAASection
-from deepfusion.families.moe import expert_parameters, parameter_count, router_logits_by_layer
+from deepfusion.families.base import expert_parameters, parameter_count, router_logits_by_layer, scores_of
 from deepfusion.learning.align import (
     AlignedBatch,
     Alignment,
@@ -211,7 +211,7 @@ class Distiller(nn.Module):
             config = self.student.config
             totals["balance"] = load_balance(
                 list(router_logits.values()), config.num_experts_per_tok, attention_mask,
-                "sigmoid" if config.model_type == "deepseek_v3" else "softmax",
+                scores_of(config),
             )  # fmt: skip
             loss = loss + w.balance * totals["balance"]
         tokens = attention_mask.sum()

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deepfusion.learning.align import AlignedBatch, SharedVocabulary
 
+Scores = Literal["softmax", "sigmoid"]
 BLOCK_ELEMENTS = 2**23
 """Logits held at once, per copy: 32 MiB in fp32."""
 
@@ -277,11 +278,16 @@ def _log1mexp(x: Tensor) -> Tensor:
     )
 
 
+def router_shares(logits: Tensor, scores: Scores) -> Tensor:
+    """What a router makes of its logits [tokens, experts]: shares of each token, which sum to 1, same shape."""
+    return logits.softmax(-1) if scores == "softmax" else F.normalize(logits.sigmoid(), p=1, dim=-1)
+
+
 def load_balance(
     router_logits: Sequence[Tensor],
     top_k: int,
     mask: Tensor | None = None,
-    scores: Literal["softmax", "sigmoid"] = "softmax",
+    scores: Scores = "softmax",
 ) -> Tensor:
     """Auxiliary loss of Switch Transformer / ST-MoE, of each layer by itself, averaged over layers; 1 = balanced.
 
@@ -292,14 +298,14 @@ def load_balance(
         router_logits: one [tokens, experts] a layer.
         top_k: experts a token is sent to.
         mask: [tokens] or [B, T], 0 for padding; None if all tokens count.
-        scores: how the router turns logits into scores (Qwen, DeepSeek-V2: softmax; DeepSeek-V3: sigmoid).
+        scores: how the router turns logits into scores.
     """
     losses = []
     for layer in router_logits:
         logits = layer.float()
         tokens, experts = logits.shape
         weights = logits.new_ones(tokens) if mask is None else mask.flatten().to(logits)
-        shares = logits.softmax(-1) if scores == "softmax" else F.normalize(logits.sigmoid(), p=1, dim=-1)
+        shares = router_shares(logits, scores)
         chosen = torch.zeros_like(shares).scatter_(-1, logits.topk(top_k, dim=-1).indices, 1.0 / top_k)
         total = weights.sum().clamp_min(1)
         losses.append(experts * ((weights @ chosen / total) * (weights @ shares / total)).sum())

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepfusion.errors import InputError
-from deepfusion.families.moe import router_logits_by_layer
+from deepfusion.families.base import router_logits_by_layer
 from deepfusion.learning.choices import LOGITS_PER_FORWARD, Verdict, judge_choices
 
 # Of these a plain mean over the domains is taken; of the last three over those that have questions with options.

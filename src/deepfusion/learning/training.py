@@ -51,8 +51,7 @@ def train(
     Args:
         module: `module(**collate(batch))` returns a dict of scalars with the key `loss`; `tokens` counts the
             tokens read, `flops` the floating-point operations of the step. Parameters that require no gradient are
-            neither
-            trained nor stored in checkpoints.
+            neither trained nor stored in checkpoints.
         batches: what each step reads, in order; its length is the number of steps.
         collate: makes the keyword arguments of a step.
         stage, unit: who trains, for progress and metrics.

@@ -7,9 +7,8 @@
 
 A value is code x scale, and its error at most half the scale of its block. Scales are bfloat16 because changes of
 1e-5 would fall among the subnormal numbers of float16, and float32 costs another quarter of a bit a weight without
-lowering the
-error. Blocks run over the flattened tensor, so that one tensor has one short block at most, not one a row.
-"""
+lowering the error. Blocks run over the flattened tensor, so that one tensor has one short block at most, not one a
+row."""
 
 from __future__ import annotations
 

@@ -119,6 +119,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def compute_device() -> torch.device:
+    """Where models compute: the GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def resolve_precision(precision: str, config: PretrainedConfig) -> str:
     """fp32 or bf16; `auto` takes bf16 where that is faster for a model of this config.
 

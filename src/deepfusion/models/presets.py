@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoConfig, PretrainedConfig
 
-from deepfusion.digests import checkpoint_digest, folder_digest
+from deepfusion.digests import checkpoint_digest, folder_digest, hub_revision, sha256_file
 from deepfusion.errors import InputError
 from deepfusion.folders import local_path
 from deepfusion.models import deepen, formats
@@ -64,13 +65,7 @@ PRESETS: dict[str, Preset] = {
         "bloom",
         {"hidden_size": 1536, "n_layer": 24, "n_head": 16, "vocab_size": 250880},
     ),
-    **{
-        name: Preset()
-        for name in (
-            *("tiny-gpt2", "tiny-llama", "tiny-olmo", "tiny-bloom"),
-            *("tiny-qwen2", "tiny-qwen3", "tiny-deepseek", "tiny-deepseek-v2"),
-        )
-    },
+    **{file.parent.name: Preset() for file in sorted(TINY.glob("*/config.json"))},
     "tiny-gpt2-medium": Preset(deepened="tiny-gpt2"),
 }
 
@@ -135,26 +130,6 @@ def _download(type: str, hub: str, weights: bool = True) -> str:
         ) from None
 
 
-_TINY_BASES = {
-    "qwen2_moe": "tiny-qwen2",
-    "qwen3_moe": "tiny-qwen3",
-    "deepseek": "tiny-deepseek",
-    "deepseek_v2": "tiny-deepseek-v2",
-    "deepseek_v3": "tiny-deepseek-v2",
-}
-
-
-def base_checkpoint(base: str | None, family: str) -> Path:
-    """Folder of the public dense base that distillation starts from; None takes the tiny base of the family.
-
-    Raises:
-        InputError: there is none, or it is not stored as plain weights of its class.
-    """
-    folder = Path(resolve(base or _TINY_BASES[family]))
-    require_plain(folder, named_whole=True)
-    return folder
-
-
 def require_plain(folder: str | Path, named_whole: bool = False) -> Architecture:
     """Checks a checkpoint whose weights are read tensor by tensor (`formats.require_plain`).
 
@@ -177,16 +152,22 @@ def base_digest(type: str) -> str:
     return folder_digest(resolve(type))
 
 
-def local_digest(type: str) -> str:
-    """Digest of all files of a public checkpoint that is a folder here or comes with the package; empty for one of
-    the hub.
-
-    Raises:
-        InputError: no such folder or preset.
-    """
+def hub_name(type: str) -> str | None:
+    """What a model type is called on the hub; None for one that is a folder here or comes with the package."""
     preset = PRESETS.get(type)
-    here = preset.hub is None if preset else local_path(type).exists()
-    return checkpoint_digest(resolve(type)) if here else ""
+    return preset.hub if preset else type if is_hub_name(type) else None
+
+
+def checkpoint_version(type: str, sha256: Callable[[Path], str] = sha256_file) -> str:
+    """What tells one state of a public checkpoint from another: the digest of all files of a folder, of a model of the
+    hub its revision in the cache; empty where neither is here.
+
+    Args:
+        sha256: of a file, as of `checkpoint_digest`.
+    """
+    if hub := hub_name(type):
+        return hub_revision(hub, "model")
+    return checkpoint_digest(resolve(type), sha256) if type in PRESETS or local_path(type).exists() else ""
 
 
 def model_config(type: str) -> PretrainedConfig:

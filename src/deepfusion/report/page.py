@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from deepfusion.errors import InputError
+from deepfusion.manifest import Manifest
 from deepfusion.records import (
     Clusters,
     Evaluation,
@@ -104,7 +105,7 @@ def render(folder: Path) -> str:
         loader=PackageLoader("deepfusion", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"size": _size, "duration": _duration, "signed": _signed, "counted": counted}
-    evaluation, manifest = _find(Evaluation, folder / "evaluation.json"), _read(folder / "manifest.json")
+    evaluation, manifest = _find(Evaluation, folder / "evaluation.json"), _manifest(folder)
     registry, clusters = _find(Registry, folder / "registry.json"), _find(Clusters, folder / "clusters.json")
     transport, rejected = (
         _find(Transport, folder / "transport.json"),
@@ -126,7 +127,7 @@ def render(folder: Path) -> str:
         rejected=rejected and rejected.root,
         curves=_curves(folder / "metrics.jsonl"),
         expert_use=_expert_use(evaluation),
-        manifest=manifest,
+        manifest=manifest and manifest.model_dump(),
         stages=_stages(manifest),
         lineage=_lineage(manifest),
     )
@@ -295,7 +296,7 @@ def _expert_use(evaluation: Evaluation | None) -> list[Markup]:
     return charts
 
 
-def _facts(config: str | None, registry: Registry | None, manifest: Json | None) -> list[str]:
+def _facts(config: str | None, registry: Registry | None, manifest: Manifest | None) -> list[str]:
     """What the run is, in a few words, as far as it is known."""
     try:
         values = yaml.safe_load(config or "") or {}
@@ -309,22 +310,23 @@ def _facts(config: str | None, registry: Registry | None, manifest: Json | None)
         facts.append(f"{len(registry.root)} {'devices' if prepared else 'given checkpoints'}")
     if "seed" in values:
         facts.append(f"seed {values['seed']}")
-    return [*facts, f"deepfusion {manifest['version']}"] if manifest and manifest.get("version") else facts
+    return [*facts, f"deepfusion {manifest.version}"] if manifest and manifest.version else facts
 
 
-def _lineage(manifest: Json | None) -> list[tuple[str, str, str]]:
+def _lineage(manifest: Manifest | None) -> list[tuple[str, str, str]]:
     """(stage, artefact, start of its digest) of everything that the finished stages left."""
-    stages = (manifest or {}).get("stages") or {}
     return [
         (name, path, digest[:16])
-        for name, stage in stages.items()
-        for path, digest in (stage.get("digests") or {}).items()
+        for name, stage in (manifest.stages if manifest else {}).items()
+        for path, digest in stage.digests.items()
     ]
 
 
-def _stages(manifest: Json | None) -> list[Json]:
+def _stages(manifest: Manifest | None) -> list[Json]:
     """Name, status, seconds and peak memory of each stage, and its share of the longest time and the highest peak."""
-    rows = [{"name": name, **values} for name, values in ((manifest or {}).get("stages") or {}).items()]
+    keep = {"status", "seconds", "peak_rss_bytes"}
+    stages = manifest.stages if manifest else {}
+    rows: list[Json] = [{"name": name, **stage.model_dump(include=keep)} for name, stage in stages.items()]
     for key in ("seconds", "peak_rss_bytes"):
         most = max((row.get(key) or 0 for row in rows), default=0) or 1
         rows = [{**row, f"{key}_share": (row.get(key) or 0) / most} for row in rows]
@@ -344,6 +346,14 @@ def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
+        return None
+
+
+def _manifest(folder: Path) -> Manifest | None:
+    """None where it is missing or damaged, which the page then says."""
+    try:
+        return Manifest.read(folder)
+    except InputError:
         return None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from sklearn.cluster import KMeans
 
+from deepfusion import plugins
 from deepfusion.config import Config, cluster_count
 from deepfusion.errors import InputError
 from deepfusion.records import Cluster, Clusters, Registry, RegistryEntry, Similarity, TypeShare
@@ -83,17 +84,30 @@ def _normalised(devices: list[RegistryEntry]) -> np.ndarray:
     return matrix / np.linalg.norm(matrix, axis=1, keepdims=True).clip(1e-12)
 
 
+def kmeans(embeddings: np.ndarray, clusters: int, config: Config) -> np.ndarray:
+    """K-means on the unit sphere; `clustering.assignment: kmeans`."""
+    found = KMeans(clusters, n_init=config.clustering.restarts, random_state=config.seed)
+    labels = found.fit_predict(embeddings)
+    _fill_empty(labels, found.transform(embeddings), clusters)
+    return labels
+
+
+def random(embeddings: np.ndarray, clusters: int, config: Config) -> np.ndarray:
+    """Equal shares at random, a control; `clustering.assignment: random`."""
+    return np.random.default_rng(config.seed).permutation(np.arange(len(embeddings)) % clusters)
+
+
 def _group(embeddings: np.ndarray, clusters: int, config: Config) -> list[list[int]]:
     """Members of each cluster, none empty, ordered by their first member."""
-    count = len(embeddings)
-    if config.clustering.assignment == "random":
-        labels = np.random.default_rng(config.seed).permutation(np.arange(count) % clusters)
-    else:
-        kmeans = KMeans(clusters, n_init=config.clustering.restarts, random_state=config.seed)
-        labels = kmeans.fit_predict(embeddings)
-        _fill_empty(labels, kmeans.transform(embeddings), clusters)
-    groups = [np.flatnonzero(labels == label).tolist() for label in range(clusters)]
-    return sorted(groups)
+    name = config.clustering.assignment
+    labels = np.asarray(plugins.load("clusterings", name)(embeddings, clusters, config))
+    if labels.shape != (len(embeddings),) or set(labels.tolist()) != set(range(clusters)):
+        raise InputError(
+            f"{name} does not give each of {len(embeddings)} models one of {clusters} clusters, none empty",
+            where="clustering.assignment", allowed=f"labels 0 to {clusters - 1}, each at least once",
+            code="bad-clustering",
+        )  # fmt: skip
+    return sorted(np.flatnonzero(labels == label).tolist() for label in range(clusters))
 
 
 def _fill_empty(labels: np.ndarray, distances: np.ndarray, clusters: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,10 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from deepfusion import __version__, progress
-from deepfusion.config import Config, DeviceSection, DeviceSpec, Encoding, cluster_count, config_digest
-from deepfusion.digests import checkpoint_digest, sha256_file
+from deepfusion.config import Config, DeviceSection, DeviceSpec, Encoding, cluster_count
 from deepfusion.errors import InputError
 from deepfusion.folders import LOCK, local_path, locked, open_work, put, remove, whole_folder, work_key
+from deepfusion.inputs import request
 from deepfusion.jobs import run_jobs
 from deepfusion.learning.corpus import Window
 from deepfusion.learning.distillation import Collator, Distiller, LossWeights
@@ -25,7 +24,13 @@ from deepfusion.learning.training import train
 from deepfusion.models.architecture import read_config, stored_dtype
 from deepfusion.models.checkpoints import WholeModel
 from deepfusion.models.compact import open_base, write_delta
-from deepfusion.models.loading import context_limit, load_model, load_tokenizer, resolve_precision
+from deepfusion.models.loading import (
+    compute_device,
+    context_limit,
+    load_model,
+    load_tokenizer,
+    resolve_precision,
+)
 from deepfusion.models.presets import LORA_TARGETS, PRESETS, base_digest, model_config, require_plain, resolve
 from deepfusion.models.signature import type_signature
 from deepfusion.names import check_device_id, device_id
@@ -37,6 +42,9 @@ from deepfusion.text.sources import load_source, local_files, shuffled
 from deepfusion.text.splits import make_splits
 from deepfusion.text.windows import cut_windows, say_cut
 from deepfusion.uploads.card import CARD, check_made, claim_upload, note_made, read_card, write_card
+
+REVISION = 1
+"""Raised when the same settings and data come to another upload."""
 
 _READ = ("data.max_chars", "data.prompt_loss_weight")  # of the section data, by `train_device`
 _TRAINING = tuple(key for key in DeviceSection.model_fields if key != "types")
@@ -142,17 +150,10 @@ def train_alone(
 
 
 def _request(config: Config, data: Path, device: DeviceSpec) -> str:
-    """Digest of all that the upload of a device depends on, 64 hex digits."""
-    settings = config_digest(config, "seed", "precision", *_READ, *(f"device.{key}" for key in _TRAINING))
-    start = Path(device.type).name, checkpoint_digest(resolve(device.type))  # wherever it lies
-    parts = [
-        __version__,
-        settings,
-        *(sha256_file(file) for file in local_files([str(data)])),
-        *start,
-        str(device.id),
-    ]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    """Digest of all that the upload of a device depends on, 64 hex digits; of its data and base not where they lie."""
+    more = (f"revision {REVISION}", Path(device.type).name, str(device.id))
+    keys = ("seed", "precision", *_READ, *(f"device.{key}" for key in _TRAINING))
+    return request(config, Path(resolve(device.type)), *more, keys=keys, files=local_files([str(data)]))
 
 
 def _largest(config: Config, memory: str, documents: list[Document]) -> str:
@@ -204,9 +205,8 @@ def train_device(
     public = None if encoding == "weights" else open_base(device.type)
     tokenizer = load_tokenizer(base)
     student = _load_student(base, method, precision, name)
-    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if method != "qlora":
-        torch.nn.Module.to(student, where)
+        torch.nn.Module.to(student, compute_device())
     before = _loss(student, tokenizer, held_out, config)
     adapter = None
     public_name = (

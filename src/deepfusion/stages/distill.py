@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from deepfusion import progress
-from deepfusion.config import Config
-from deepfusion.families.moe import check_base
+from deepfusion import plugins, progress
+from deepfusion.config import Config, effective_handover
+from deepfusion.families.base import check_base
+from deepfusion.families.bases import base_checkpoint
 from deepfusion.folders import remove, whole_folder
 from deepfusion.jobs import run_jobs
 from deepfusion.learning.corpus import Window, build_corpus, read_corpus, reading_periods, write_corpus
@@ -23,14 +24,19 @@ from deepfusion.learning.order import reading_order
 from deepfusion.learning.training import train
 from deepfusion.models.architecture import parameter_total, read_config
 from deepfusion.models.checkpoints import numbered
-from deepfusion.models.loading import context_limit, load_model, load_tokenizer, resolve_precision
-from deepfusion.models.presets import base_checkpoint
+from deepfusion.models.loading import (
+    compute_device,
+    context_limit,
+    load_model,
+    load_tokenizer,
+    resolve_precision,
+)
 from deepfusion.report.artefacts import write_model_card
 from deepfusion.text.splits import make_splits
 
 
 def run(
-    config: Config, inputs: dict[str, Path], out: Path, method: Callable[..., nn.Module] = Distiller
+    config: Config, inputs: dict[str, Path], out: Path, method: Callable[..., nn.Module] | None = None
 ) -> dict[str, Any]:
     """Writes `out`/bases/: corpus.jsonl, trunk/ where there is one, and one checkpoint 0/, 1/, ... per expert.
 
@@ -40,13 +46,15 @@ def run(
     `distill.steps` is shared out: `trunk_share` of it to the trunk, the rest in equal parts to the bases.
 
     Args:
-        method: what learns, `Distiller` or, for a baseline, a module made and called like it. A module-level name.
+        method: what learns, a class or function of a module's top level, made and called like `Distiller`; by default
+            what `distill.method` names.
     """
+    method = method or plugins.load("methods", config.distill.method)
     bases, work = out / "bases", out / "work"
     bases.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
     proxies = numbered(inputs["proxies"])
-    start = base_checkpoint(config.distill.base, config.family)
+    start = base_checkpoint(config)
     check_base(config.family, read_config(start))
     trunk_steps = round(config.distill.steps * config.distill.trunk_share)
     if trunk_steps and not (bases / "trunk").is_dir():
@@ -118,7 +126,7 @@ def distill(
     if (out / "config.json").is_file():
         return None
     settings = config.distill
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = compute_device()
     tokenizer = load_tokenizer(start)
     student = load_model(start, "fp32")
     precision = resolve_precision(config.precision, student.config)
@@ -148,7 +156,7 @@ def distill(
             precision=precision,
             seed=config.seed,
             checkpoint_seconds=config.checkpoint_seconds,
-            end_share=settings.handover,
+            end_share=effective_handover(config),
         )
     with whole_folder(out) as part:
         student.eval().save_pretrained(part)

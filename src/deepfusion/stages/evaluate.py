@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -17,7 +16,7 @@ from deepfusion.config import Config
 from deepfusion.jobs import run_jobs
 from deepfusion.learning.metrics import evaluate_model, expert_use
 from deepfusion.models.compact import DELTA, Compact
-from deepfusion.models.loading import load_model, load_tokenizer
+from deepfusion.models.loading import compute_device, load_model, load_tokenizer
 from deepfusion.models.presets import resolve
 from deepfusion.records import (
     AgainstMembers,
@@ -192,7 +191,7 @@ def _load(folder: Path, precision: str) -> PreTrainedModel:
             tensors[name].copy_(whole.get(name))
     else:
         model = load_model(folder, precision)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model.to(compute_device()).eval()
 
 
 def _documents(config: Config) -> tuple[list[Document], dict[str, list[Document]]]:

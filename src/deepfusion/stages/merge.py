@@ -13,8 +13,8 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from deepfusion.config import Config
 from deepfusion.digests import folder_digest, sha256_file
 from deepfusion.errors import InputError
+from deepfusion.families.base import MoELayout, merge_tensors, moe_config, parameter_count
 from deepfusion.families.bases import layout
-from deepfusion.families.moe import MoELayout, merge_tensors, moe_config, parameter_count
 from deepfusion.models.checkpoints import TensorReader, TensorWriter, copy_tokenizer, tokenizer_files
 from deepfusion.report.artefacts import write_model_card
 

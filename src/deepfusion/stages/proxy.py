@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from transformers import GenerationConfig
 
-from deepfusion import progress
+from deepfusion import plugins, progress
 from deepfusion.config import Config
 from deepfusion.errors import InputError
 from deepfusion.folders import whole_folder
@@ -30,29 +32,56 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     """
     registry = Registry.read(inputs["registry"]).by_device
     clusters = Clusters.read(inputs["clusters"]).clusters
+    rule: Average = plugins.load("averages", config.clustering.average)
     for cluster in clusters:
         target = out / "proxies" / str(cluster.id)
         if (target / "proxy.json").is_file():
             continue
         members = [registry[name] for name in cluster.devices]
         with whole_folder(target) as part:
-            weights = _weights(config, members)
-            average([inputs["uploads"] / name for name in cluster.devices], members, weights, part)
+            weights = rule.weights(members)
+            folders = [inputs["uploads"] / name for name in cluster.devices]
+            average(folders, members, weights, part, rule.combine)
             _describe(cluster, members, weights, part)
         names = ", ".join(cluster.devices)
         progress.say(f"[proxy {cluster.id}] mean of {len(members)} {cluster.type}: {names}")
     return {"proxies": len(clusters)}
 
 
-def _weights(config: Config, entries: list[RegistryEntry]) -> list[float]:
-    """Of each member in the mean. Checkpoints that nobody prepared do not say how much text they have seen: all count
-    alike.
+@dataclass(frozen=True)
+class Average:
+    """A rule for the mean of a cluster; `clustering.average` names one (`plugins`, group averages).
+
+    Attributes:
+        weights: of the members, from what the registry says of each; only their ratios count.
+        combine: one tensor of all members, one after the other, with those weights, into one of the given dtype.
     """
+
+    weights: Callable[[Sequence[RegistryEntry]], list[float]]
+    combine: Callable[[Iterable[torch.Tensor], Sequence[float], torch.dtype], torch.Tensor] = mean_of
+
+
+def _alike(entries: Sequence[RegistryEntry]) -> list[float]:
+    return [1.0] * len(entries)
+
+
+def _by_tokens(entries: Sequence[RegistryEntry]) -> list[float]:
+    """Checkpoints that nobody prepared do not say how much text they have seen: then all count alike."""
     tokens = [float(entry.tokens) for entry in entries]
-    return tokens if config.clustering.average == "tokens" and all(tokens) else [1.0] * len(entries)
+    return tokens if all(tokens) else _alike(entries)
 
 
-def average(folders: list[Path], entries: list[RegistryEntry], weights: list[float], out: Path) -> None:
+UNIFORM = Average(_alike)
+TOKENS = Average(_by_tokens)
+
+
+def average(
+    folders: list[Path],
+    entries: list[RegistryEntry],
+    weights: list[float],
+    out: Path,
+    combine: Callable[[Iterable[torch.Tensor], Sequence[float], torch.dtype], torch.Tensor] = mean_of,
+) -> None:
     """`mbar = sum w_n m_n / sum w_n` over checkpoints of one type: accumulated in fp32, cast once, one tensor at a
     time.
 
@@ -62,6 +91,7 @@ def average(folders: list[Path], entries: list[RegistryEntry], weights: list[flo
         entries: what the registry says of each.
         weights: of each in the mean; only their ratios count.
         out: folder of the averaged checkpoint.
+        combine: the rule for one tensor (`Average.combine`).
 
     Raises:
         InputError: the public checkpoint of an adapter or a compact upload cannot be had, or buffers that must be
@@ -81,7 +111,7 @@ def average(folders: list[Path], entries: list[RegistryEntry], weights: list[flo
                 writer.add(name, first)
                 continue
             dtype = _widest([member.dtype(name) for member in members])
-            writer.add(name, mean_of((member.get(name) for member in members), weights, dtype))
+            writer.add(name, combine((member.get(name) for member in members), weights, dtype))
     config = read_config(folders[0])
     config.dtype = dtype
     config.save_pretrained(out)

@@ -70,7 +70,7 @@ def _adopt(model: Given, out: Path, work: Path, config: Config) -> None:
         if model.base is not None:
             _merge(folder, model.base, work)
             folder = work
-        texts = sample_texts(folder, SAMPLES, 512, config.seed, config.precision)
+        texts = sample_texts(folder, SAMPLES, 512, config.seed, config.precision, f"device {model.id}")
         if not texts:
             raise InputError("the checkpoint samples no text", where=model.folder, code="silent-checkpoint")
     except InputError as error:

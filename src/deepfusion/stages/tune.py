@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from deepfusion.config import Config
-from deepfusion.families.moe import is_expert_name, pinned_parameters
+from deepfusion.config import Config, effective_handover
+from deepfusion.families.base import is_expert_name, pinned_parameters
 from deepfusion.folders import remove, whole_folder
 from deepfusion.jobs import run_jobs
 from deepfusion.learning.corpus import read_corpus, reading_periods
@@ -17,7 +17,13 @@ from deepfusion.learning.order import reading_order
 from deepfusion.learning.training import train
 from deepfusion.models.architecture import read_config
 from deepfusion.models.checkpoints import numbered
-from deepfusion.models.loading import context_limit, load_model, load_tokenizer, resolve_precision
+from deepfusion.models.loading import (
+    compute_device,
+    context_limit,
+    load_model,
+    load_tokenizer,
+    resolve_precision,
+)
 from deepfusion.report.artefacts import write_final_card, write_model_card
 
 
@@ -26,14 +32,13 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
 
     The control is the same MoE with the untouched public base in every expert, tuned by cross-entropy for the same
     number of steps on the same public text: what the server could do without the devices. Samples of the proxies
-    hold their
-    knowledge, so it never reads those; where there is no other text it stays untuned.
+    hold their knowledge, so it never reads those; where there is no other text it stays untuned.
     """
     moe = out / "moe"
     moe.mkdir(parents=True, exist_ok=True)
     proxies = dict(enumerate(numbered(inputs["proxies"]))) if config.tune.teachers else {}
     corpus = inputs["bases"] / "corpus.jsonl"
-    start_share = config.distill.handover or 1.0
+    start_share = effective_handover(config) or 1.0
     jobs = [
         {"config": config, "start": inputs["merged"], "corpus": corpus, "proxies": proxies, "samples": True,
          "unit": "moe", "out": moe / "final", "work": out / "work" / "final", "start_share": start_share},
@@ -68,7 +73,7 @@ def tune(
     if (out / "config.json").is_file():
         return {}
     settings = config.tune
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = compute_device()
     tokenizer = load_tokenizer(start)
     student = load_model(start, "fp32")
     precision = resolve_precision(config.precision, student.config)

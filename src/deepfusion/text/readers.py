@@ -287,16 +287,11 @@ def _csv_rows(
 
 
 def _csv_row(cells: dict[str, str], place: str) -> dict[str, Any]:
-    """Cells as the values that JSON would have: empty ones are absent, lists and objects are parsed, indexes are
-    numbers.
-    """
+    """Cells as the values that JSON would have: empty ones are absent, lists and objects are parsed."""
     row: dict[str, Any] = {key: value for key, value in cells.items() if value.strip()}
     if set(row).isdisjoint(KEYS):
         row = dict(cells)  # so that what is empty is called so
     for key in ("options", "choices", "messages", "conversations"):
         if str(row.get(key, "")).lstrip().startswith(("[", "{")):
             row[key] = _json(row[key], place)
-    options, answer = row.get("options"), str(row.get("answer", ""))
-    if isinstance(options, list) and answer.strip().isdecimal() and answer.strip() not in options:
-        row["answer"] = int(answer)
     return row

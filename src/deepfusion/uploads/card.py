@@ -122,7 +122,14 @@ def read_card(folder: Path) -> Card:
         fix = "deepfusion device train writes one"
         raise InputError("there is no card", where=path, fix=fix, code="card-missing") from None
     except ValidationError as error:
-        raise invalid(error, path, code="card-invalid") from None
+        found = invalid(error, path, code="card-invalid")
+        # The card is named here too: who is told why an upload was set aside does not see the path.
+        said = (
+            f"the card is wrong at {found.what}"
+            if error.errors()[0]["loc"]
+            else f"the card is damaged: {found.what}"
+        )
+        raise InputError(said, where=path, fix="make the upload again", code="card-invalid") from None
 
 
 def weights_digest(card: Card) -> str:

@@ -2,15 +2,14 @@
 
 [DF] trains it with DeepSpeed-MoE. Here it is the product's own tune stage with all weights trained, on private in
 place of public text. It is a bound only where it has converged, so its steps have to be chosen on held-out text
-and are part of
-every result.
-"""
+and are part of every result."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from deepfusion import __version__
 from deepfusion.config import Config
 from deepfusion.folders import bind
 from deepfusion.inputs import request
@@ -32,7 +31,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     Returns:
         {"documents" (windows of private text), "steps"} and the last logged losses.
     """
-    bind(out, request(config, inputs["start"], __name__), out / "moe", out / "work")
+    bind(out, request(config, inputs["start"], __version__, __name__), out / "moe", out / "work")
     splits = make_splits(config)
     windows = [
         Window(piece, "private")

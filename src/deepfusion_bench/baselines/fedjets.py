@@ -40,22 +40,35 @@ from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from deepfusion import progress
+from deepfusion import __version__, progress
 from deepfusion.config import Config, Section
 from deepfusion.errors import InputError
-from deepfusion.families.moe import FAMILIES, expert_parameters, pinned_parameters, router_logits_by_layer
+from deepfusion.families.base import (
+    expert_parameters,
+    names,
+    of,
+    pinned_parameters,
+    router_logits_by_layer,
+    scores_of,
+)
 from deepfusion.folders import bind, remove, whole_folder, write_whole
 from deepfusion.inputs import request
 from deepfusion.learning.corpus import Window
 from deepfusion.learning.distillation import Collator, Distiller, LossWeights
+from deepfusion.learning.losses import router_shares
 from deepfusion.learning.order import reading_order, training_steps
 from deepfusion.learning.training import train
 from deepfusion.models.architecture import stored_dtype
 from deepfusion.models.checkpoints import WEIGHTS
-from deepfusion.models.loading import context_limit, load_model, load_tokenizer, resolve_precision
+from deepfusion.models.loading import (
+    compute_device,
+    context_limit,
+    load_model,
+    load_tokenizer,
+    resolve_precision,
+)
 from deepfusion.report.artefacts import write_model_card
 from deepfusion.text.splits import make_splits
 from deepfusion.text.windows import cut_windows
@@ -106,7 +119,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path, settings: FedJETS = 
         InputError: no private data, or a start that cannot be pruned (`fedjets-family`).
     """
     done, work = out / "fedjets.json", out / "work"
-    bind(out, request(config, inputs["start"], __name__, settings.model_dump_json()), done, work, out / "moe")
+    asked = request(config, inputs["start"], __version__, __name__, settings.model_dump_json())
+    bind(out, asked, done, work, out / "moe")
     if not done.is_file():
         with _short_trainings():
             summary = _all_rounds(config, inputs["start"], out, settings)
@@ -129,22 +143,16 @@ def compact_model(moe: PreTrainedModel, bases: int, kept: int) -> PreTrainedMode
     config = copy.deepcopy(moe.config)
     count, routed = _routed_experts(moe)
     if not routed or routed % bases:
-        raise _unfit(f"{routed} routed experts", f"a multiple of experts={bases} ({', '.join(FAMILIES)})")
+        raise _unfit(f"{routed} routed experts", f"a multiple of experts={bases} ({', '.join(names())})")
     size = routed // bases * kept
-    before, now = config.num_experts_per_tok, min(config.num_experts_per_tok, size)
-    changes: dict[str, Any] = {count: size, "num_experts_per_tok": now}
-    if config.model_type == "deepseek_v3" and size < 2:
-        raise _unfit("a deepseek_v3 of one routed expert", "fedjets.experts_per_device of 2 or more")
-    if getattr(config, "n_group", None) not in (None, 1):
-        if config.model_type != "deepseek_v2" or config.n_group != bases:
-            raise _unfit(
-                f"{config.n_group} groups of experts", f"1, or one for each of {bases} bases in deepseek_v2"
-            )
-        changes |= {"n_group": kept, "topk_group": min(config.topk_group, kept)}
-    if (
-        config.model_type == "deepseek_v2"
-    ):  # its weights are no shares: the mean one is 1 / routed times the factor
-        changes["routed_scaling_factor"] = config.routed_scaling_factor * before / now * size / routed
+    changes: dict[str, Any] = {count: size, "num_experts_per_tok": min(config.num_experts_per_tok, size)}
+    family = of(config)
+    if family is None:
+        raise _unfit(f"a model of type {config.model_type}", ", ".join(names()))
+    if size < family.least_routed:
+        allowed = f"fedjets.experts_per_device of {family.least_routed} or more"
+        raise _unfit(f"a {family.name} of {size} routed expert", allowed)
+    changes |= family.pruned(config, bases, kept)
     config.update(changes)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(moe.device).eval()
 
@@ -235,11 +243,7 @@ def preferences(
     found = {}
     for layer, scores in logits.items():
         read = scores[mask.flatten().bool()].double().cpu()
-        shares = (
-            F.normalize(read.sigmoid(), p=1, dim=-1)
-            if moe.config.model_type == "deepseek_v3"
-            else read.softmax(-1)
-        )
+        shares = router_shares(read, scores_of(moe.config))
         found[layer] = shares.mean(0).view(bases, -1).sum(-1)
     return found
 
@@ -301,7 +305,7 @@ def _all_rounds(config: Config, start: Path, out: Path, settings: FedJETS) -> di
     """All rounds from the last that is stored below `out`/work; writes the result."""
     work, dtype = out / "work", stored_dtype(start)
     tokenizer, moe = load_tokenizer(start), load_model(start, "fp32")
-    nn.Module.to(moe, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    nn.Module.to(moe, compute_device())
     kept = min(settings.experts_per_device, config.experts)
     compact = compact_model(moe, config.experts, kept)
     split = _routed_experts(moe)[1] // config.experts

@@ -2,8 +2,8 @@
 
 What is theirs: tokens and vocabularies are matched by minimum edit distance (MinED); of a teacher only the K
 highest logits are used, mapped to the student's vocabulary and normalised; the student learns them by
-cross-entropy; and only on
-texts that the best teacher finds less surprising than the student does itself (DualMinCE). Facts of the public
+cross-entropy; and only on texts that the best teacher finds less surprising than the student does itself
+(DualMinCE). Facts of the public
 code:
 FederatedAI/FATE-LLM, `python/fate_llm/algo/fedmkt`. What one-shot fusion changes:
 

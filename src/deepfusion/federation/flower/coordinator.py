@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--superlink", required=True)
     arguments = parser.parse_args()
+    progress.to_terminal()
     progress.attach(arguments.run)
     home = Home(arguments.home)
     link = SuperLink(home, arguments.superlink)

@@ -144,6 +144,10 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     """The stage that trains devices, by way of the federation's apps; the uploads are those of the local pipeline."""
     from deepfusion.stages.device import simulated_devices
 
+    simulated = simulated_devices(config)
+    if config.federation.wait_for not in (None, len(simulated)):
+        what = f"federation.wait_for={config.federation.wait_for}: a simulation waits for all {len(simulated)} devices"
+        raise InputError(what, fix="--set federation.wait_for=null", code="contradiction")
     devices = [
         SimulatedDevice(
             out,
@@ -153,7 +157,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
             job["private"],
             job["held_out"],
         )
-        for job in simulated_devices(config)
+        for job in simulated
     ]
     collect(config, devices, out)
     write_transport(out / "uploads", out / "transport.json")

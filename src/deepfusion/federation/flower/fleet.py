@@ -63,6 +63,7 @@ from google.protobuf.message import Message as Proto
 
 from deepfusion import progress
 from deepfusion.federation.device.connection import Connection, Refused
+from deepfusion.folders import write_whole
 
 HEARTBEAT_SECONDS = 30  # the server takes a device for gone after twice as long
 _ACTIVATION_FAILED = 412  # the SuperLink has a session of this key, or does not know it
@@ -179,7 +180,7 @@ class Fleet:
                 self.node_file.unlink()
             else:
                 time.sleep(1)  # enrolled this moment, and the SuperLink is yet to hear of it
-        self.node_file.write_text(str(self.node.node_id))
+        write_whole(self.node_file, str(self.node.node_id))
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS * 0.8):

@@ -91,8 +91,7 @@ class Ledger:
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         # A connection for each access: they are rare, and none is shared between threads or outlives a crash.
-        # SQLite's own
-        # waiting asks ever more seldom, and starves beside a busy process.
+        # SQLite's own waiting asks ever more seldom, and starves beside a busy process.
         with locked(self.path.with_suffix(".lock"), poll_seconds=0.001):
             db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
             db.row_factory = sqlite3.Row

@@ -1,0 +1,66 @@
+"""What Python programs call: a whole run, or the fusion of models that exist; the command line calls the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from deepfusion import pipeline
+from deepfusion.config import CONFIGS, Config, load_config
+
+
+def run(config: Config, out: str | Path, *, first: str | None = None, last: str | None = None) -> Path:
+    """Simulate the whole federation: devices, clusters, proxies, bases, MoE, evaluation, report.
+
+    Call it below `if __name__ == "__main__":`, for trainings side by side run in processes that import the program.
+
+    Args:
+        config: what `load_config` gives.
+        out: the run folder, made where it is missing. A run in it goes on, or is redone as far as `config` has changed.
+        first: redo this stage and what follows, even if nothing changed: device, registry, cluster, proxy, distill,
+            merge, tune, evaluate or report.
+        last: stop after this stage.
+
+    Returns:
+        The run folder. `moe/final` in it is the model, a Hugging Face checkpoint with tokenizer and model card;
+        `evaluation.json` holds its figures beside those of its references, `report/index.html` the page of the run.
+
+    Raises:
+        InputError: whatever a user can mend, in one line.
+    """
+    pipeline.run(config, Path(out), first=first, last=last)
+    return Path(out)
+
+
+def fuse(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    config: str | Path | Config | None = None,
+    overrides: Sequence[str] = (),
+    first: str | None = None,
+    last: str | None = None,
+) -> Path:
+    """Make one MoE of models that exist already, without any text of their owners.
+
+    Args:
+        folder: uploads, or plain Hugging Face checkpoints and adapters, a folder each; or another run folder.
+        out: the run folder, as in `run`.
+        config: a config or its file; None: data-free fusion, which learns from what the models sample themselves.
+        overrides: `key=value`, as of `load_config`; not with a `Config`, which is complete.
+        first: as in `run`.
+        last: as in `run`.
+
+    Returns:
+        The run folder, as `run` returns it.
+
+    Raises:
+        InputError: whatever a user can mend, in one line.
+    """
+    if isinstance(config, Config) and overrides:
+        raise ValueError("overrides are for load_config, where the config is made")
+    settings = (
+        config if isinstance(config, Config) else load_config(config or CONFIGS / "fuse.yaml", overrides)
+    )
+    pipeline.run(settings, Path(out), instead=[pipeline.given(Path(folder))], first=first, last=last)
+    return Path(out)

@@ -1,0 +1,195 @@
+"""What a run folder keeps: one that release 0.1.0 made, one whose config changed, one of a refused command."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import digests, write_config
+from deepfusion import pipeline, plugins
+from deepfusion.config import Config, load_config
+from deepfusion.errors import InputError
+from deepfusion.learning.distillation import Distiller
+from deepfusion.manifest import Key, Manifest
+from deepfusion.pipeline import NAMES
+from deepfusion.stages import distill
+
+MADE_BY_0_1_0 = Path(__file__).parent / "data" / "run-0.1.0"
+RUN = Path("run")
+
+
+@pytest.fixture(autouse=True)
+def old(tmp_path, monkeypatch) -> Path:
+    """The working directory: a finished run of release 0.1.0 in run/, and what it was made of."""
+    home = Path(shutil.copytree(MADE_BY_0_1_0, tmp_path / "old"))
+    monkeypatch.chdir(home)
+    return home
+
+
+def go_on(*overrides: str, **options: Any) -> dict[str, str]:
+    """Run again; what became of each stage: unchanged, done, or why it began anew."""
+    before = len((RUN / "log.txt").read_text("utf-8")) if (RUN / "log.txt").is_file() else 0
+    pipeline.run(load_config("config.yaml", overrides), RUN, **options)
+    found: dict[str, str] = {}
+    for line in (RUN / "log.txt").read_text("utf-8")[before:].splitlines():
+        _, _, text = line.partition(" [")
+        name, _, said = text.partition("] ")
+        if name in NAMES and (name not in found or not said.startswith("done")):
+            found[name] = said
+    return found
+
+
+def kept(found: dict[str, str]) -> list[str]:
+    return [name for name, said in found.items() if said.startswith("unchanged")]
+
+
+def refusal(*overrides: str, **options: Any) -> InputError:
+    with pytest.raises(InputError) as caught:
+        go_on(*overrides, **options)
+    return caught.value
+
+
+def test_a_run_of_0_1_0_is_continued_and_nothing_is_made_again():
+    before = digests(RUN, "uploads", "proxies", "bases", "moe")
+    assert kept(go_on()) == list(NAMES[:-1])
+    assert {name: digest for name, digest in digests(RUN, *["uploads", "proxies", "bases", "moe"]).items()
+            if not name.endswith("README.md")} == {
+        name: digest for name, digest in before.items() if not name.endswith("README.md")
+    }  # fmt: skip
+    manifest = Manifest.read(RUN)
+    assert manifest.schema_version == 1
+    assert all(isinstance(entry.key, Key) for entry in manifest.stages.values())
+    assert kept(go_on()) == list(NAMES[:-1])
+
+
+def test_a_changed_setting_in_it_is_noticed_and_named():
+    found = go_on("tune.steps=3")
+    assert kept(found) == ["device", "registry", "cluster", "proxy", "distill", "merge"]
+    assert found["tune"] == "begins anew: settings tune.steps 3 (it was 2)"
+    assert found["evaluate"] == "begins anew: other control, moe"
+
+
+def test_devices_asked_to_train_otherwise_are_refused_with_what_differs():
+    before = digests(RUN, "uploads")
+    error = refusal("seed=1", "device.steps=5", "device.batch_size=2")
+    assert error.code == "another-run"
+    assert "another seed 1 (it was 0)" in error.what
+    assert "settings device.steps 5 (it was 4), device.batch_size 2 (it was 4)" in error.what
+    assert "data" not in error.what
+    assert digests(RUN, "uploads") == before
+    assert kept(go_on()) == list(NAMES[:-1])  # the refusal has changed nothing
+
+
+def test_after_the_first_continuation_other_data_and_checkpoints_are_named_too():
+    go_on(last="proxy")
+    rows = Path("ward.jsonl").read_text("utf-8")
+    Path("ward.jsonl").write_text(rows.upper(), "utf-8")
+    assert refusal().what.endswith("than is asked now: other data ward.jsonl")
+    Path("ward.jsonl").write_text(rows, "utf-8")
+    shutil.copyfile("models/base/model.safetensors", "models/device/model.safetensors")
+    assert refusal().what.endswith("than is asked now: other checkpoints models/device")
+
+
+@pytest.mark.parametrize("change", ["data", "checkpoint", "config"])
+def test_what_0_1_0_cannot_have_read_is_not_taken_over(change):
+    if change == "data":
+        Path("ward.jsonl").write_text(Path("ward.jsonl").read_text("utf-8").upper(), "utf-8")
+    elif change == "checkpoint":
+        shutil.copyfile("models/base/model.safetensors", "models/device/model.safetensors")
+    else:
+        (RUN / "config.yaml").unlink()
+    assert refusal().code == "another-run"
+
+
+def test_devices_of_a_killed_0_1_0_are_not_trained_again():
+    """As a kill leaves it: one device has finished in the work folder, the other has not."""
+    manifest = json.loads((RUN / "manifest.json").read_text("utf-8"))
+    work = RUN / ".work" / "device"
+    work.mkdir(parents=True)
+    (work / "key").write_text(manifest["stages"]["device"]["key"])
+    (work / "out" / "uploads").mkdir(parents=True)
+    (RUN / "uploads" / "ward").rename(work / "out" / "uploads" / "ward")
+    for name in (*NAMES[1:], "uploads", "proxies", "bases", "moe"):
+        shutil.rmtree(RUN / name, ignore_errors=True)
+    entry = manifest["stages"]["device"] | {"status": "running", "digests": {}, "known": []}
+    (RUN / "manifest.json").write_text(json.dumps(manifest | {"stages": {"device": entry}}))
+    before = digests(work / "out", "uploads")
+    assert go_on(last="device")["device"] == "continues"
+    log = (RUN / "log.txt").read_text("utf-8")
+    assert "[device bank device] 4/4" in log
+    assert "[device ward device]" not in log
+    assert digests(RUN, "uploads").items() > before.items()
+
+
+def test_a_second_start_reads_no_upload():
+    go_on()
+    weights = RUN / "uploads" / "ward" / "model.safetensors"
+    stat = weights.stat()
+    with weights.open("r+b") as file:  # whoever reads it now finds another digest
+        file.seek(-4, os.SEEK_END)
+        file.write(b"1234")
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert kept(go_on()) == list(NAMES[:-1])
+    os.utime(weights)  # a file that looks otherwise is read
+    assert "digest-mismatch" in refusal().what
+
+
+def one_way(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+    return distill.run(config, inputs, out)
+
+
+def other_way(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+    return distill.run(config, inputs, out)
+
+
+def test_another_function_or_revision_in_place_of_a_stage_is_noticed():
+    stage = next(stage for stage in pipeline.STAGES if stage.name == "distill")
+    go_on(instead=[replace(stage, run=one_way)], last="distill")
+    assert "distill" in kept(go_on(instead=[replace(stage, run=one_way)], last="distill"))
+    found = go_on(instead=[replace(stage, run=other_way)], last="distill")
+    assert found["distill"].startswith("begins anew: another method: ")
+    assert found["distill"].endswith(".one_way)")
+    found = go_on(instead=[replace(stage, run=other_way, revision=2)], last="distill")
+    assert found["distill"] == "begins anew: revision 2 of the stage (it was 1)"
+
+
+class OneMethod(Distiller):
+    """What a package adds as the method `own`."""
+
+
+class OtherMethod(Distiller):
+    """What it has become."""
+
+
+def test_another_method_of_the_same_name_is_noticed(monkeypatch):
+    monkeypatch.setattr(plugins, "_registered", dict(plugins._registered))
+    plugins.register("methods", "own", OneMethod)
+    go_on("distill.method=own", last="distill")
+    assert "distill" in kept(go_on("distill.method=own", last="distill"))
+    plugins.register("methods", "own", OtherMethod)
+    assert go_on("distill.method=own", last="distill")["distill"] == "begins anew: other distill.method"
+
+
+def test_a_moved_base_of_the_same_content_is_the_same_to_merge_and_evaluate():
+    shutil.copytree("models/base", "models/moved")
+    found = go_on("distill.base=models/moved")
+    assert "distill" not in kept(found)  # where the base lies is said to it
+    assert {"merge", "evaluate"} <= set(kept(found))
+
+
+def test_a_refused_command_leaves_no_folder(invoke, tmp_path):
+    config = load_config("config.yaml").model_dump(mode="json")
+    config["distill"]["base"] = "models/device"
+    path = write_config(tmp_path / "bad.yaml", config)
+    done = invoke("run", path, "--out", tmp_path / "out")
+    assert done.code == 2, done.err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    assert invoke("run", path, "--out", tmp_path / "out").code == 2
+    assert list((tmp_path / "out").iterdir()) == []
