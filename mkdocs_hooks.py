@@ -173,6 +173,6 @@ def _schemas() -> str:
 
 
 def _models() -> dict[str, type[BaseModel]]:
-    from deepfusion.uploads.card import CARD, Card
+    from deepfusion.records import SCHEMAS
 
-    return {CARD: Card}
+    return SCHEMAS

@@ -1,8 +1,8 @@
 """The JSON files that stages, processes and people hand to each other: one typed model a file, read and written alike.
 
-A file without `schema_version`, as release 0.1.0 wrote them, is of version 1. A file that is a list, a table by name or
-a line a row cannot say its own: each entry of registry.json and each row of corpus.jsonl does, rejected.json goes with
-the registry.json beside it, refused.json with the card that it stands for.
+A file without `schema_version`, as release 0.1.0 wrote them, is of version 1, and so are the rows of corpus.jsonl. A
+file that is a list or a table by name cannot say its own: each entry of registry.json does, rejected.json goes with the
+registry.json beside it, refused.json with the card that it stands for.
 """
 
 from __future__ import annotations
@@ -172,6 +172,10 @@ class Rejected(Stored, RootModel[dict[str, Annotated[list[Problem], Field(min_le
     """rejected.json: what is wrong with each upload that was set aside, by the name of its folder."""
 
 
+def _absent(value: object) -> bool:
+    return value is None
+
+
 class Traffic(Part):
     """Bytes that a device sent and received; through a server also those of its upload alone, and apart from all
     uploads the messages of the control plane.
@@ -179,9 +183,9 @@ class Traffic(Part):
 
     up_bytes: Count
     down_bytes: Count
-    upload_bytes: Count | None = None
-    control_up_bytes: Count | None = None
-    control_down_bytes: Count | None = None
+    upload_bytes: Count | None = Field(None, exclude_if=_absent)
+    control_up_bytes: Count | None = Field(None, exclude_if=_absent)
+    control_down_bytes: Count | None = Field(None, exclude_if=_absent)
 
 
 class Transport(Record):

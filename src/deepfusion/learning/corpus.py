@@ -116,8 +116,14 @@ def reading_periods(windows: list[Window], sampled_share: float) -> list[int]:
 
 def write_corpus(windows: list[Window], path: Path) -> None:
     """JSONL, one window a line: the data format of the project, without options, plus `teacher` and `source`."""
-    rows = (CorpusRow(**to_row(d.document), teacher=d.teacher, source=d.source) for d in windows)
-    write_whole(path, "".join(row.model_dump_json(exclude_none=True) + "\n" for row in rows))
+    rows = [
+        {key: value for key, value in to_row(d.document).items() if key not in ("options", "answer")}
+        | {"teacher": d.teacher, "source": d.source}
+        for d in windows
+    ]
+    for row in rows:
+        CorpusRow.model_validate(row)
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_corpus(path: Path) -> list[Window]:

@@ -54,6 +54,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     Raises:
         InputError: data or models that cannot be read.
     """
+    out.mkdir(parents=True, exist_ok=True)
     test, private = _documents(config)
     test = capped(test, config.evaluate.max_documents, config.seed)
     plan = _Plan(inputs, test, private)

@@ -31,7 +31,7 @@ def write_card(folder: Path, card: Card) -> Card:
     """Hash all files of an upload and write its card, last and at once: a folder with a card is complete."""
     files = {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.name != CARD}
     card = card.model_copy(update={"files": files})
-    card.write(folder / CARD)
+    write_whole(folder / CARD, card.model_dump_json(indent=1))
     return card
 
 
