@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from deepfusion import progress
-from deepfusion.config import Config, Encoding, load_config
+from deepfusion.config import load_config
 from deepfusion.models.compact import DELTA, open_base, open_whole, write_delta
+from deepfusion.schema import Config, Encoding
 from deepfusion.stages import evaluate, proxy, registry
 from deepfusion.uploads.card import read_card, write_card
 

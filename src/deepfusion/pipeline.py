@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from deepfusion import __version__, jobs, progress
-from deepfusion.config import Config
 from deepfusion.errors import InputError
 from deepfusion.folders import claim_run
 from deepfusion.inputs import local_inputs
@@ -17,6 +16,7 @@ from deepfusion.manifest import MANIFEST, Manifest, StageEntry
 from deepfusion.plan import Plan
 from deepfusion.resume import Stage, refuse_another_federation, take_over
 from deepfusion.runfolder import opened
+from deepfusion.schema import Config
 from deepfusion.stages import (
     cluster,
     device,

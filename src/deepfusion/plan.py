@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from deepfusion import progress
-from deepfusion.config import Config
 from deepfusion.errors import InputError
 from deepfusion.families import bases
 from deepfusion.families.base import moe_config
@@ -16,6 +15,7 @@ from deepfusion.families.bases import base_checkpoint
 from deepfusion.learning.memory import estimate_training_bytes, require_memory
 from deepfusion.models.architecture import parameter_total, read_config
 from deepfusion.resume import Stage
+from deepfusion.schema import Config
 from deepfusion.uploads.intake import survey
 
 

@@ -24,10 +24,10 @@ from pydantic import (
     model_validator,
 )
 
-from deepfusion.config import Encoder, Encoding, Method
 from deepfusion.errors import InputError
 from deepfusion.folders import write_whole
 from deepfusion.names import DeviceId
+from deepfusion.schema import Encoder, Encoding, Method
 
 REDO = "redo the stage that writes it: --from STAGE"
 

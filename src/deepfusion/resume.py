@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from deepfusion import plugins, progress
-from deepfusion.config import NAMED, Config, effective_handover, known_keys, parse_config
+from deepfusion.config import NAMED, known_keys, parse_config
 from deepfusion.digests import Digests, checkpoint_digest, tree_digest
 from deepfusion.errors import InputError
 from deepfusion.families.bases import base_checkpoint
@@ -21,6 +21,7 @@ from deepfusion.folders import KEY, write_whole
 from deepfusion.inputs import data_files, data_versions, device_types, private_sources, public_sources
 from deepfusion.manifest import SCHEMA_VERSION, Key, Manifest
 from deepfusion.models.presets import checkpoint_version, hub_name
+from deepfusion.schema import Config, effective_handover
 
 DEVICES = "devices"
 """Where uploads come from, unless they were given."""

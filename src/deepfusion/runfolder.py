@@ -21,7 +21,7 @@ import psutil
 import torch
 
 from deepfusion import __version__, progress
-from deepfusion.config import Config, config_digest, save_config
+from deepfusion.config import config_digest, save_config
 from deepfusion.digests import MEMORY, Digests, tree_digest
 from deepfusion.errors import InputError
 from deepfusion.families.bases import base_checkpoint
@@ -29,6 +29,7 @@ from deepfusion.folders import LOCK, is_run, locked, make, open_work, remove, sy
 from deepfusion.manifest import MANIFEST, Key, Manifest, Outcome, StageEntry
 from deepfusion.report.page import is_report
 from deepfusion.resume import Stage, stage_key
+from deepfusion.schema import Config
 
 PACKAGES = (
     *("torch", "transformers", "accelerate", "peft", "datasets"),

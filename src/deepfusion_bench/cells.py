@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from deepfusion import __version__, pipeline, progress
-from deepfusion.config import CONFIGS, Config, config_digest, load_config
+from deepfusion.config import CONFIGS, config_digest, load_config
 from deepfusion.digests import sha256_file
 from deepfusion.errors import InputError
 from deepfusion.families.bases import base_checkpoint
@@ -29,6 +29,7 @@ from deepfusion.models.architecture import read_config
 from deepfusion.models.loading import resolve_precision
 from deepfusion.records import Transport
 from deepfusion.runfolder import provenance
+from deepfusion.schema import Config
 from deepfusion.stages.evaluate import capped, measure
 from deepfusion.text.splits import make_splits
 from deepfusion_bench.methods import METHODS, Task

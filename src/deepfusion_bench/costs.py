@@ -28,7 +28,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from deepfusion import __version__
-from deepfusion.config import Encoding, load_config
+from deepfusion.config import load_config
 from deepfusion.errors import InputError
 from deepfusion.families.base import is_expert_name, moe_config, of, parameter_count
 from deepfusion.families.bases import base_checkpoint, layout
@@ -42,6 +42,7 @@ from deepfusion.models.architecture import architecture, parameter_total, read_c
 from deepfusion.models.loading import load_tokenizer
 from deepfusion.models.presets import LORA_TARGETS, METHODS, model_config
 from deepfusion.runfolder import hardware
+from deepfusion.schema import Encoding
 from deepfusion.text.rows import Document
 
 ROUNDS = 4

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deepfusion import pipeline, progress
-from deepfusion.config import Config
 from deepfusion.families.bases import base_checkpoint
 from deepfusion.families.deepseek import DEEPSEEK
 from deepfusion.folders import whole_folder
 from deepfusion.models.checkpoints import numbered
 from deepfusion.pipeline import Stage
+from deepfusion.schema import Config
 from deepfusion.stages import merge
 from deepfusion.uploads.card import read_card
 from deepfusion_bench.baselines import centralized, fedjets, fedkmt, homogeneous, ofakd

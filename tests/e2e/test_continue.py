@@ -13,11 +13,12 @@ import pytest
 
 from conftest import digests, write_config
 from deepfusion import pipeline, plugins
-from deepfusion.config import Config, load_config
+from deepfusion.config import load_config
 from deepfusion.errors import InputError
 from deepfusion.learning.distillation import Distiller
 from deepfusion.manifest import Key, Manifest
 from deepfusion.pipeline import NAMES
+from deepfusion.schema import Config
 from deepfusion.stages import distill
 
 MADE_BY_0_1_0 = Path(__file__).parent / "data" / "run-0.1.0"

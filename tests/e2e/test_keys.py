@@ -12,8 +12,9 @@ import pytest
 
 from conftest import overlay, run_settings
 from deepfusion import pipeline
-from deepfusion.config import Config, Section, known_keys
+from deepfusion.config import known_keys
 from deepfusion.resume import Stage
+from deepfusion.schema import Config, Section
 
 # Read by a stage that does not declare it, and why its result does not depend on it.
 NO_RESULT = {

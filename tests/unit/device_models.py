@@ -13,13 +13,13 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from deepfusion.config import Encoding
 from deepfusion.models.architecture import architecture, read_config
 from deepfusion.models.compact import open_base, write_delta
 from deepfusion.models.loading import load_model
 from deepfusion.models.presets import LORA_TARGETS, base_digest
 from deepfusion.models.signature import type_signature
 from deepfusion.records import Card, Cluster, Clusters, RegistryEntry, Similarity
+from deepfusion.schema import Encoding
 from deepfusion.uploads.card import write_card
 
 TEXT = ["the cat sat on the mat", "a dog ran over the hill and far away", "one two three four five six seven"]

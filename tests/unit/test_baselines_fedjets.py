@@ -26,10 +26,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from conftest import digests, overlay, sentences, write_config, write_rows
 from deepfusion import progress
-from deepfusion.config import Config, load_config, parse_config
+from deepfusion.config import load_config, parse_config
 from deepfusion.errors import InputError
 from deepfusion.families.base import is_expert_name
 from deepfusion.learning.corpus import Window
+from deepfusion.schema import Config
 from deepfusion.stages import merge
 from deepfusion.text.rows import Document
 from deepfusion_bench.baselines import fedjets

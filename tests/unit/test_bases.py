@@ -9,11 +9,12 @@ import pytest
 from device_models import save_checkpoint, save_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from deepfusion.config import Config, load_config, parse_config
+from deepfusion.config import load_config, parse_config
 from deepfusion.errors import InputError
 from deepfusion.families import bases
 from deepfusion.models.architecture import parameter_total
 from deepfusion.models.presets import model_config
+from deepfusion.schema import Config
 from deepfusion.uploads.intake import survey
 
 SMALL = {

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from safetensors.torch import load_file, save_file
 
-from deepfusion.config import Config, DeviceSpec, Encoding, parse_config
+from deepfusion.config import parse_config
 from deepfusion.errors import InputError
 from deepfusion.models.compact import (
     BLOCK,
@@ -31,6 +31,7 @@ from deepfusion.models.compact import (
 )
 from deepfusion.models.loading import load_model
 from deepfusion.records import Registry
+from deepfusion.schema import Config, DeviceSpec, Encoding
 from deepfusion.stages import evaluate
 from deepfusion.stages.device import train_device
 from deepfusion.text.rows import Document

@@ -13,9 +13,7 @@ from deepfusion.config import (
     CONFIGS,
     RECIPES,
     RENAMED,
-    Config,
     config_digest,
-    effective_handover,
     explain,
     known_keys,
     load_config,
@@ -23,6 +21,7 @@ from deepfusion.config import (
     save_config,
 )
 from deepfusion.errors import InputError
+from deepfusion.schema import Config, effective_handover
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(CONFIGS.rglob("*.yaml"))

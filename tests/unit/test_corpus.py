@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import overlay, sentences, small_settings, write_config, write_rows
-from deepfusion.config import Config, load_config
+from deepfusion.config import load_config
 from deepfusion.errors import InputError
 from deepfusion.learning.corpus import (
     Window,
@@ -24,6 +24,7 @@ from deepfusion.learning.corpus import (
     sample_texts,
     write_corpus,
 )
+from deepfusion.schema import Config
 from deepfusion.text.rows import Document
 from deepfusion.text.splits import make_splits
 

@@ -16,10 +16,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from deepfusion import progress
-from deepfusion.config import Config
 from deepfusion.errors import InputError
 from deepfusion.learning.order import reading_order, training_steps
 from deepfusion.names import is_device_id
+from deepfusion.schema import Config
 from deepfusion.text.encoding import encode
 from deepfusion.text.overlap import overlap
 from deepfusion.text.partition import partition

@@ -13,11 +13,12 @@ from transformers import GPT2Config
 
 from conftest import sentences
 from deepfusion import progress
-from deepfusion.config import VAASection, parse_config
+from deepfusion.config import parse_config
 from deepfusion.errors import InputError
 from deepfusion.learning.corpus import Window
 from deepfusion.learning.distillation import Collator, Distiller, LossWeights, Teacher
 from deepfusion.models.loading import load_model, load_tokenizer
+from deepfusion.schema import VAASection
 from deepfusion.stages import distill
 from deepfusion.text.encoding import encode
 from deepfusion.text.rows import Document, Turn, conversation

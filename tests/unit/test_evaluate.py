@@ -12,11 +12,12 @@ import torch
 from device_models import entry, grouped, save_adapter_upload, save_checkpoint, save_tokenizer, save_upload
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from deepfusion.config import Config, parse_config
+from deepfusion.config import parse_config
 from deepfusion.jobs import close_pool
 from deepfusion.learning.metrics import evaluate_model
 from deepfusion.models.loading import load_model, load_tokenizer
 from deepfusion.records import Registry
+from deepfusion.schema import Config
 from deepfusion.stages.evaluate import run
 from deepfusion.text.rows import Document
 from deepfusion.text.sources import write_jsonl

@@ -13,9 +13,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
 
-from deepfusion.config import Config, parse_config
+from deepfusion.config import parse_config
 from deepfusion.errors import InputError
 from deepfusion.learning.corpus import Window
+from deepfusion.schema import Config
 from deepfusion.stages.distill import distill
 from deepfusion.stages.merge import run
 from deepfusion.text.rows import Document

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepfusion.config import DeviceSpec
 from deepfusion.names import MAX_BYTES, MAX_CHARACTERS, device_id, device_ids, is_device_id
 from deepfusion.records import Card
+from deepfusion.schema import DeviceSpec
 
 NASTY = [
     *(

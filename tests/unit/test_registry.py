@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from device_models import save_adapter_upload, save_checkpoint, save_upload, unit
 
-from deepfusion.config import Config, parse_config
+from deepfusion.config import parse_config
 from deepfusion.digests import folder_digest
 from deepfusion.errors import InputError
+from deepfusion.schema import Config
 from deepfusion.stages import registry
 from deepfusion.uploads.card import read_card, write_card
 

@@ -12,13 +12,14 @@ import pytest
 from gateways import free_port
 from test_offer import make_upload
 
-from deepfusion.config import Config, load_config
+from deepfusion.config import load_config
 from deepfusion.errors import InputError
 from deepfusion.federation.offer import read_offer
 from deepfusion.federation.server.home import Home
 from deepfusion.federation.server.ledger import Ledger
 from deepfusion.federation.server.start import collect, device_states, start
 from deepfusion.federation.server.view import View
+from deepfusion.schema import Config
 
 WAIT = load_config(overrides=["federation.wait_for=2", "experts=2"])
 

@@ -14,13 +14,13 @@ import pytest
 from gateways import Device, Faults, Gateway, free_port
 from moto.server import ThreadedMotoServer
 
-from deepfusion.config import S3Section
 from deepfusion.digests import sha256_file
 from deepfusion.errors import InputError
 from deepfusion.federation.device import transfer
 from deepfusion.federation.device.transfer import hand_in
 from deepfusion.federation.offer import read_offer
 from deepfusion.federation.server.sinks import S3Sink
+from deepfusion.schema import S3Section
 from deepfusion.uploads.card import read_card, write_card
 
 WEIGHTS = "model.safetensors"

@@ -25,9 +25,10 @@ from conftest import Outcome, overlay, questions, sentences, write_config, write
 from deepfusion import __version__, progress
 from deepfusion.cli import main, terminal
 from deepfusion.cli.app import app
-from deepfusion.config import Config, load_config
+from deepfusion.config import load_config
 from deepfusion.errors import InputError
 from deepfusion.records import Comparison
+from deepfusion.schema import Config
 
 ABSURD = ("-1", "0", str(10**12), "nan", "inf", "-inf", "1e400", "")
 

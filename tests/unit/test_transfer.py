@@ -15,7 +15,6 @@ import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec
 from gateways import Device, Faults, Gateway, free_port, make_card, offer_of
 
-from deepfusion.config import FederationSection
 from deepfusion.digests import sha256_file
 from deepfusion.errors import InputError
 from deepfusion.federation import identity
@@ -24,6 +23,7 @@ from deepfusion.federation.device.transfer import hand_in
 from deepfusion.federation.server import uploads
 from deepfusion.federation.server.gateway import create_app
 from deepfusion.federation.server.home import Home
+from deepfusion.schema import FederationSection
 
 WEIGHTS = "model.safetensors"
 MIB = 2**20

@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import digests, overlay, sentences, write_config
-from deepfusion.config import Config, load_config
+from deepfusion.config import load_config
 from deepfusion.families.base import is_expert_name
 from deepfusion.learning.corpus import Window, write_corpus
+from deepfusion.schema import Config
 from deepfusion.stages import tune
 from deepfusion.stages.merge import write_moe
 from deepfusion.text.rows import Document

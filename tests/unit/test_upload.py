@@ -24,7 +24,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from deepfusion.config import Encoding
 from deepfusion.digests import folder_digest
 from deepfusion.errors import InputError
 from deepfusion.federation.offer import check_offer, read_offer
@@ -32,6 +31,7 @@ from deepfusion.models.compact import FORMAT, open_base, write_delta
 from deepfusion.models.loading import load_model
 from deepfusion.models.signature import type_signature
 from deepfusion.records import Card
+from deepfusion.schema import Encoding
 from deepfusion.uploads.adopt import adopt_checkpoint
 from deepfusion.uploads.card import CARD, read_card, weights_digest, write_card
 from deepfusion.uploads.check import check_upload

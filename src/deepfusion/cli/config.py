@@ -8,8 +8,9 @@ import typer
 import yaml
 
 from deepfusion.cli.shared import ConfigFile, Json, Overrides, plain, print_json
-from deepfusion.config import Config, explain, load_config, nearest_key
+from deepfusion.config import explain, load_config, nearest_key
 from deepfusion.errors import InputError
+from deepfusion.schema import Config
 
 config_app = typer.Typer(help="Look at and check configs.", no_args_is_help=True)
 

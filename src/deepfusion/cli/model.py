@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from deepfusion.cli.shared import Json, print_json
-from deepfusion.config import MOST_BATCH, MOST_CHARS, MOST_DOCUMENTS, MOST_SEED
 from deepfusion.errors import InputError
+from deepfusion.schema import MOST_BATCH, MOST_CHARS, MOST_DOCUMENTS, MOST_SEED
 
 model_app = typer.Typer()
 

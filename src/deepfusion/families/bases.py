@@ -11,7 +11,6 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from deepfusion.config import Config, cluster_count, effective_proxies
 from deepfusion.errors import InputError
 from deepfusion.families import base as families
 from deepfusion.families.base import MoELayout, check_base, moe_config, parameter_count
@@ -20,6 +19,7 @@ from deepfusion.models.architecture import parameter_total, read_config
 from deepfusion.models.checkpoints import TensorReader
 from deepfusion.models.presets import PRESETS, is_hub_name, model_config, require_plain, resolve
 from deepfusion.records import Registry, Rejected
+from deepfusion.schema import Config, cluster_count, effective_proxies
 from deepfusion.uploads.intake import Survey
 
 MOST_EXPERTS = 8

@@ -16,13 +16,13 @@ import torch
 from pydantic import ValidationError
 
 from deepfusion import progress
-from deepfusion.config import Config
 from deepfusion.errors import InputError
 from deepfusion.folders import write_whole
 from deepfusion.jobs import run_jobs
 from deepfusion.learning.metrics import bits_per_byte_of_each
 from deepfusion.models.loading import compute_device, context_limit, load_model, load_tokenizer
 from deepfusion.records import REDO, CorpusRow, invalid
+from deepfusion.schema import Config
 from deepfusion.text.overlap import overlap
 from deepfusion.text.rows import Document, from_row, to_row
 from deepfusion.text.splits import Splits

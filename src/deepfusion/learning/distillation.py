@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepfusion import progress
-from deepfusion.config import VAASection
 from deepfusion.families.base import expert_parameters, parameter_count, router_logits_by_layer, scores_of
 from deepfusion.learning.align import (
     AlignedBatch,
@@ -32,6 +31,7 @@ from deepfusion.learning.corpus import Window
 from deepfusion.learning.losses import Projection, TokenLosses, distillation_losses, load_balance
 from deepfusion.learning.vaa import ViewAlignedAttention, span_pooling, stage_ends
 from deepfusion.models.loading import context_limit, load_model, load_tokenizer
+from deepfusion.schema import VAASection
 from deepfusion.text.encoding import Encoded, encode
 from deepfusion.text.rows import Document
 

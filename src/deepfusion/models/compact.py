@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from deepfusion.config import Encoding
 from deepfusion.errors import InputError
 from deepfusion.models.architecture import architecture, read_config, stored_dtype
 from deepfusion.models.checkpoints import TensorReader, WholeModel
 from deepfusion.models.presets import require_plain, resolve
+from deepfusion.schema import Encoding
 
 DELTA = "delta.safetensors"
 BLOCK = 64

@@ -9,8 +9,8 @@ from pathlib import Path
 import yaml
 
 from deepfusion import __version__
-from deepfusion.config import Config
 from deepfusion.records import Cluster, Clusters, Evaluation, Registry, RegistryEntry, Traffic, Transport
+from deepfusion.schema import Config
 
 
 def write_model_card(folder: Path, title: str, text: str, facts: Mapping[str, object]) -> None:

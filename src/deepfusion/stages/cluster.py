@@ -9,9 +9,9 @@ import numpy as np
 from sklearn.cluster import KMeans
 
 from deepfusion import plugins
-from deepfusion.config import Config, cluster_count
 from deepfusion.errors import InputError
 from deepfusion.records import Cluster, Clusters, Registry, RegistryEntry, Similarity, TypeShare
+from deepfusion.schema import Config, cluster_count
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from deepfusion import __version__, progress
-from deepfusion.config import Config, DeviceSection, DeviceSpec, Encoding, cluster_count
 from deepfusion.errors import InputError
 from deepfusion.folders import LOCK, local_path, locked, open_work, put, remove, whole_folder, work_key
 from deepfusion.inputs import request
@@ -36,6 +35,7 @@ from deepfusion.models.signature import type_signature
 from deepfusion.names import check_device_id, device_id
 from deepfusion.records import Card
 from deepfusion.report.artefacts import write_transport
+from deepfusion.schema import Config, DeviceSection, DeviceSpec, Encoding, cluster_count
 from deepfusion.text.embedding import embed
 from deepfusion.text.rows import Document
 from deepfusion.text.sources import load_source, local_files, shuffled

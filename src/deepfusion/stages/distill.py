@@ -12,7 +12,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from deepfusion import plugins, progress
-from deepfusion.config import Config, effective_handover
 from deepfusion.families.base import check_base
 from deepfusion.families.bases import base_checkpoint
 from deepfusion.folders import remove, whole_folder
@@ -32,6 +31,7 @@ from deepfusion.models.loading import (
     resolve_precision,
 )
 from deepfusion.report.artefacts import write_model_card
+from deepfusion.schema import Config, effective_handover
 from deepfusion.text.splits import make_splits
 
 

@@ -12,7 +12,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from deepfusion import progress
-from deepfusion.config import Config
 from deepfusion.jobs import run_jobs
 from deepfusion.learning.metrics import evaluate_model, expert_use
 from deepfusion.models.compact import DELTA, Compact
@@ -31,6 +30,7 @@ from deepfusion.records import (
     References,
     Registry,
 )
+from deepfusion.schema import Config
 from deepfusion.text.rows import Document
 from deepfusion.text.sources import load_source
 from deepfusion.text.splits import make_splits

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
-from deepfusion.config import Config
 from deepfusion.digests import folder_digest, sha256_file
 from deepfusion.errors import InputError
 from deepfusion.families.base import MoELayout, merge_tensors, moe_config, parameter_count
 from deepfusion.families.bases import layout
 from deepfusion.models.checkpoints import TensorReader, TensorWriter, copy_tokenizer, tokenizer_files
 from deepfusion.report.artefacts import write_model_card
+from deepfusion.schema import Config
 
 # Where a checkpoint came from, which says nothing about what it computes.
 _PROVENANCE = {"_name_or_path", "transformers_version"}

@@ -12,7 +12,6 @@ import torch
 from transformers import GenerationConfig
 
 from deepfusion import plugins, progress
-from deepfusion.config import Config
 from deepfusion.errors import InputError
 from deepfusion.folders import whole_folder
 from deepfusion.models.adapters import ADAPTER_CONFIG, open_adapter
@@ -22,6 +21,7 @@ from deepfusion.models.compact import DELTA, Compact, open_whole
 from deepfusion.models.presets import base_digest, resolve
 from deepfusion.records import Cluster, Clusters, Lineage, Registry, RegistryEntry
 from deepfusion.report.artefacts import cell, counted
+from deepfusion.schema import Config
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from deepfusion import progress
-from deepfusion.config import Config
 from deepfusion.errors import InputError
 from deepfusion.folders import copy_folder
 from deepfusion.jobs import run_jobs
@@ -19,6 +18,7 @@ from deepfusion.models.architecture import stored_dtype
 from deepfusion.models.checkpoints import copy_tokenizer, tokenizer_files
 from deepfusion.records import Problem
 from deepfusion.report.artefacts import write_transport
+from deepfusion.schema import Config
 from deepfusion.text.embedding import embed
 from deepfusion.uploads.adopt import adopt_checkpoint
 from deepfusion.uploads.check import write_refusal

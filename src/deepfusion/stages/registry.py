@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from deepfusion import progress
-from deepfusion.config import Config
 from deepfusion.errors import InputError
 from deepfusion.records import Card, Problem, Registry, RegistryEntry, Rejected
+from deepfusion.schema import Config
 from deepfusion.uploads.card import read_card, weights_digest
 from deepfusion.uploads.check import check_upload, read_refusal
 

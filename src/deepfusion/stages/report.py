@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from deepfusion.config import Config
 from deepfusion.errors import InputError
 from deepfusion.folders import write_whole
 from deepfusion.report.artefacts import write_final_card
 from deepfusion.report.page import is_report, render
+from deepfusion.schema import Config
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:

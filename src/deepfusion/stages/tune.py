@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from deepfusion.config import Config, effective_handover
 from deepfusion.families.base import is_expert_name, pinned_parameters
 from deepfusion.folders import remove, whole_folder
 from deepfusion.jobs import run_jobs
@@ -25,6 +24,7 @@ from deepfusion.models.loading import (
     resolve_precision,
 )
 from deepfusion.report.artefacts import write_final_card, write_model_card
+from deepfusion.schema import Config, effective_handover
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:

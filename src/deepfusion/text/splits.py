@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from deepfusion import progress
-from deepfusion.config import Config, DeviceSpec
 from deepfusion.errors import InputError
 from deepfusion.names import device_ids
+from deepfusion.schema import Config, DeviceSpec
 from deepfusion.text.partition import partition
 from deepfusion.text.rows import Document
 from deepfusion.text.sources import choose, expand_source, load_source, shuffled, unique

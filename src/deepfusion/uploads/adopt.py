@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from deepfusion import __version__
-from deepfusion.config import Encoder
 from deepfusion.models.architecture import architecture, read_config
 from deepfusion.models.checkpoints import copy_tokenizer
 from deepfusion.models.loading import load_model, load_tokenizer
 from deepfusion.models.signature import type_signature
 from deepfusion.records import Card
+from deepfusion.schema import Encoder
 from deepfusion.uploads.card import write_card
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from deepfusion import __version__
-from deepfusion.config import Config
 from deepfusion.folders import bind
 from deepfusion.inputs import request
 from deepfusion.learning.corpus import Window, write_corpus
 from deepfusion.learning.order import training_steps
+from deepfusion.schema import Config
 from deepfusion.stages.tune import tune
 from deepfusion.text.splits import make_splits
 from deepfusion.text.windows import cut_windows

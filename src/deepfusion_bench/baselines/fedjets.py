@@ -43,7 +43,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from deepfusion import __version__, progress
-from deepfusion.config import Config, Section
 from deepfusion.errors import InputError
 from deepfusion.families.base import (
     expert_parameters,
@@ -70,6 +69,7 @@ from deepfusion.models.loading import (
     resolve_precision,
 )
 from deepfusion.report.artefacts import write_model_card
+from deepfusion.schema import Config, Section
 from deepfusion.text.splits import make_splits
 from deepfusion.text.windows import cut_windows
 

@@ -30,10 +30,10 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deepfusion.config import Config, Section, VAASection
 from deepfusion.learning.align import AlignedBatch, SharedVocabulary
 from deepfusion.learning.distillation import Distiller, Group, LossWeights, Teacher
 from deepfusion.models.loading import load_tokenizer
+from deepfusion.schema import Config, Section, VAASection
 from deepfusion_bench.baselines.shared import distill_with, in_blocks, teacher_output, weighted_mean
 
 CANDIDATES = 256

@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from deepfusion.config import Config
 from deepfusion.learning.corpus import build_corpus, write_corpus
 from deepfusion.models.checkpoints import numbered
+from deepfusion.schema import Config
 from deepfusion.stages.distill import distill
 from deepfusion.text.splits import make_splits
 

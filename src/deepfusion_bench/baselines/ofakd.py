@@ -22,11 +22,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deepfusion.config import Config, Section, VAASection
 from deepfusion.learning.align import SharedVocabulary
 from deepfusion.learning.distillation import Distiller, Group, LossWeights, Teacher
 from deepfusion.learning.losses import comparable_columns
 from deepfusion.learning.vaa import stage_ends
+from deepfusion.schema import Config, Section, VAASection
 from deepfusion_bench.baselines.shared import distill_with, in_blocks, teacher_output, weighted_mean
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deepfusion.config import Config
 from deepfusion.learning.distillation import Group, Teacher
 from deepfusion.learning.losses import BLOCK_ELEMENTS, Projection
+from deepfusion.schema import Config
 from deepfusion.stages import distill
 
 

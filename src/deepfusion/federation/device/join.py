@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from deepfusion import progress
-from deepfusion.config import Config, parse_config
+from deepfusion.config import parse_config
 from deepfusion.errors import InputError
 from deepfusion.federation import identity
 from deepfusion.federation.device.connection import Connection, Refused
@@ -22,6 +22,7 @@ from deepfusion.federation.flower.client_app import Visit
 from deepfusion.federation.flower.fleet import Fleet
 from deepfusion.federation.offer import Offer
 from deepfusion.folders import claim_file, local_path, write_whole
+from deepfusion.schema import Config
 from deepfusion.uploads.card import CARD, claim_upload
 
 DEFAULT_HOME = Path("~/.deepfusion/device")

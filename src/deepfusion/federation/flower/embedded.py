@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from deepfusion.config import Config, DeviceSpec, save_config
+from deepfusion.config import save_config
 from deepfusion.errors import InputError
 from deepfusion.federation.flower import messages
 from deepfusion.federation.flower.client_app import Visit
@@ -23,6 +23,7 @@ from deepfusion.federation.server.ledger import Ledger
 from deepfusion.jobs import run_jobs
 from deepfusion.pipeline import STAGES, Stage
 from deepfusion.report.artefacts import write_transport
+from deepfusion.schema import Config, DeviceSpec
 from deepfusion.text.rows import Document
 
 

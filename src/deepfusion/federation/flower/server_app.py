@@ -17,11 +17,12 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid, ServerApp
 
 from deepfusion import progress
-from deepfusion.config import Config, load_config
+from deepfusion.config import load_config
 from deepfusion.errors import InputError
 from deepfusion.federation.flower import messages
 from deepfusion.federation.offer import Offer, check_offer
 from deepfusion.federation.server.ledger import Ledger, Row
+from deepfusion.schema import Config
 
 POLL_SECONDS = 1.0
 SILENT_SECONDS = 10.0  # a device that has its model ready offers it sooner

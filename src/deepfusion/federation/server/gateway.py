@@ -25,13 +25,14 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deepfusion.config import FederationSection, load_config
+from deepfusion.config import load_config
 from deepfusion.errors import InputError
 from deepfusion.federation import identity
 from deepfusion.federation.server.home import Home
 from deepfusion.federation.server.ledger import Ledger
 from deepfusion.federation.server.sinks import S3Sink
 from deepfusion.federation.server.uploads import Refusal, Upload, Uploads
+from deepfusion.schema import FederationSection
 
 # What devices need of Flower. Whoever reaches its Control API can give orders, so all else of it does not exist here.
 FLEET_CALLS = (

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from deepfusion import progress
-from deepfusion.config import Config, save_config
+from deepfusion.config import save_config
 from deepfusion.errors import InputError
 from deepfusion.federation import identity
 from deepfusion.federation.flower.server_app import seconds, task_config
@@ -30,6 +30,7 @@ from deepfusion.federation.server.view import View
 from deepfusion.folders import LOCK, claim_run, locked
 from deepfusion.inputs import local_inputs
 from deepfusion.records import Traffic, Transport
+from deepfusion.schema import Config
 
 
 def start(
