@@ -208,42 +208,8 @@ def train_device(
     if method != "qlora":
         torch.nn.Module.to(student, compute_device())
     before = _loss(student, tokenizer, held_out, config)
-    adapter = None
-    public_name = (
-        Path(device.type).name if Path(device.type).exists() else device.type
-    )  # a path may name the device's owner
-    if method != "full":
-        torch.manual_seed(config.seed)
-        adapter = get_peft_model(
-            student,
-            LoraConfig(
-                r=config.device.lora_rank,
-                lora_alpha=2 * config.device.lora_rank,
-                target_modules=LORA_TARGETS,
-                task_type="CAUSAL_LM",
-            ),
-        )
-    windows = [
-        Window(piece, "private")
-        for document in private
-        for piece in cut_windows(document, config.data.max_chars)
-    ]
-    steps = training_steps(config.device.steps, config.device.epochs, len(windows), config.device.batch_size)
-    order = reading_order(
-        [len(d.document.text) for d in windows], steps, config.device.batch_size, config.seed
-    )
-    train(
-        Distiller(student, LossWeights()),
-        [[windows[i] for i in batch] for batch in order],
-        Collator(tokenizer, {}, config.data.prompt_loss_weight, context_limit(student)),
-        stage="device",
-        unit=f"{name} {Path(device.type).name}",
-        work=work,
-        learning_rate=config.device.learning_rate,
-        precision=precision,
-        seed=config.seed,
-        checkpoint_seconds=config.checkpoint_seconds,
-    )
+    adapter = None if method == "full" else _with_lora(student, config)
+    steps = _learn(student, tokenizer, private, config, f"{name} {Path(device.type).name}", precision, work)
     student.eval()
     after = _loss(student, tokenizer, held_out, config)
     with whole_folder(upload) as part:
@@ -253,36 +219,78 @@ def train_device(
         else:
             error = _save_change(student, public, encoding, part)
         tokenizer.save_pretrained(part)
-        card = Card(
-            device=name,
-            type=public_name,
-            model_class=type(student).__name__,
-            signature=type_signature(part, base_digest(device.type)),
-            base=public_name
-            if method == "full" and public is None
-            else device.type,  # all weights need no place on the server
-            base_digest=base_digest(device.type),
-            method=method,
-            encoding=encoding,
-            encoding_error=error,
-            embedding=embed(
-                [e.text for e in private], config.device.encoder, config.device.embedding_size
-            ).tolist(),
-            encoder=config.device.encoder,
-            tokens=sum(
-                len(tokenizer(e.text, add_special_tokens=False, verbose=False).input_ids) for e in private
-            ),
-            documents=len(private),
-            loss_before=before,
-            loss_after=after,
-            steps=steps,
-            seed=config.seed,
-            deepfusion_version=__version__,
-        )
+        facts = {"encoding_error": error, "loss_before": before, "loss_after": after, "steps": steps}
+        card = _card(part, config, device, student, tokenizer, private, facts)
         write_card(part, card)
     remove(work)
     progress.say(f"[device {name}] held-out loss {before:.3f} -> {after:.3f} nats/token")
     return {"loss_before": before, "loss_after": after}
+
+
+def _with_lora(student: PreTrainedModel, config: Config) -> Any:
+    """Put LoRA layers into a model: from here on they alone are trained."""
+    torch.manual_seed(config.seed)
+    rank = config.device.lora_rank
+    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
+    return get_peft_model(student, settings)
+
+
+def _learn(
+    student: PreTrainedModel, tokenizer: Any, private: list[Document], config: Config, unit: str, precision: str,
+    work: Path,
+) -> int:  # fmt: skip
+    """Train on the windows of private text; the number of steps."""
+    windows = [
+        Window(piece, "private")
+        for document in private
+        for piece in cut_windows(document, config.data.max_chars)
+    ]
+    steps = training_steps(config.device.steps, config.device.epochs, len(windows), config.device.batch_size)
+    lengths = [len(d.document.text) for d in windows]
+    order = reading_order(lengths, steps, config.device.batch_size, config.seed)
+    train(
+        Distiller(student, LossWeights()),
+        [[windows[i] for i in batch] for batch in order],
+        Collator(tokenizer, {}, config.data.prompt_loss_weight, context_limit(student)),
+        stage="device",
+        unit=unit,
+        work=work,
+        learning_rate=config.device.learning_rate,
+        precision=precision,
+        seed=config.seed,
+        checkpoint_seconds=config.checkpoint_seconds,
+    )
+    return steps
+
+
+def _card(
+    folder: Path, config: Config, device: DeviceSpec, student: PreTrainedModel, tokenizer: Any,
+    private: list[Document], facts: dict[str, Any],
+) -> Card:  # fmt: skip
+    """What the upload in `folder` says about itself; `facts` are those of the training."""
+    method = device.method or config.device.method
+    # A path may name the device's owner, and all weights need no place on the server.
+    named = Path(device.type).name if Path(device.type).exists() else device.type
+    whole = method == "full" and config.device.upload == "weights"
+    texts = [document.text for document in private]
+    read = (tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts)
+    return Card(
+        device=str(device.id),
+        type=named,
+        model_class=type(student).__name__,
+        signature=type_signature(folder, base_digest(device.type)),
+        base=named if whole else device.type,
+        base_digest=base_digest(device.type),
+        method=method,
+        encoding=config.device.upload,
+        embedding=embed(texts, config.device.encoder, config.device.embedding_size).tolist(),
+        encoder=config.device.encoder,
+        tokens=sum(map(len, read)),
+        documents=len(private),
+        seed=config.seed,
+        deepfusion_version=__version__,
+        **facts,
+    )
 
 
 def _losses(upload: Path) -> dict[str, Any]:
