@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import rich
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -277,6 +278,7 @@ def invoke(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
     def call(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["deepfusion", *map(str, arguments)])
         capfd.readouterr()
+        rich.reconfigure()  # as in a process of its own: the width of this moment, not of the test before
         with pytest.raises(SystemExit) as left:
             main()
         return Outcome(int(left.value.code or 0), *capfd.readouterr())

@@ -196,6 +196,7 @@ def test_nothing_asked_shows_what_could_be(invoke: Callable[..., Outcome]) -> No
 
 
 @pytest.mark.usefixtures("wide")
+@pytest.mark.usefixtures("wide")
 def test_brackets_reach_the_terminal(invoke: Callable[..., Outcome]) -> None:
     """What is printed in a table is no markup."""
     assert "data.public=[in_domain,sampled]" in invoke("bench", "ablation").out
