@@ -9,29 +9,22 @@ import random
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from contextlib import closing
+from email.utils import mktime_tz, parsedate_tz
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 from urllib.parse import urlsplit
 
 from deepfusion import progress
 from deepfusion.errors import InputError
-from deepfusion.text.rows import Document
-from deepfusion.text.sources import choose
-
-if TYPE_CHECKING:  # Scoring needs no model framework.
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from deepfusion.learning.answers import Answer
 
 KEY_VARIABLE = "DEEPFUSION_JUDGE_KEY"
 PROMPT = files("deepfusion").joinpath("judge_prompt.txt").read_text("utf-8")
-ANSWER_TOKENS = 256  # the longest answer of the model under test
-CONTEXT_TOKENS = 2048  # for a model whose architecture sets no limit
 
 _THREADS = 4
 _TRIES = 8  # of one request: with growing pauses about two minutes
@@ -40,80 +33,8 @@ _CONNECT_SECONDS, _ANSWER_SECONDS = 15.0, 120.0
 _LONGEST_PAUSE, _LONGEST_WAIT = 60.0, 300.0  # seconds: of our own choice, and on request of the endpoint
 _TELL_SECONDS = 10.0
 _REPLY_BYTES = 2**22
+_HEADERS = {"host", "accept", "connection", "user-agent", "content-length", "content-type"}
 _CACHE_HEAD = '{"key": "'
-
-
-# Answers ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a model answered to a question, and the reference to measure it against."""
-
-    domain: str
-    question: str
-    reference: str
-    answer: str
-
-
-def open_questions(documents: Sequence[Document], limit: int | None = None) -> list[Document]:
-    """The documents that ask for an open answer: a prompt, a completion, no options; at most `limit`, never other ones.
-
-    Raises:
-        InputError: there are none.
-    """
-    found = [document for document in documents if document.prompt.strip() and not document.options]
-    if not found:
-        what = "no document has a question and an open answer, so there is nothing to judge"
-        raise InputError(what, allowed='{"prompt","completion"} or {"question","answer"}', code="no-examples")
-    return choose(found, limit, 0, "judge")
-
-
-def answer_all(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Document],
-    *,
-    batch_size: int = 16,
-    max_tokens: int = ANSWER_TOKENS,
-) -> list[Answer]:
-    """Let a model answer, always with the likeliest token, in at most `max_tokens` tokens and half of its context.
-
-    Of a prompt that is too long the end is kept.
-    """
-    import torch
-
-    from deepfusion.models.loading import context_limit
-    from deepfusion.text.encoding import prompt_ids
-
-    limit = context_limit(model) or CONTEXT_TOKENS
-    most = min(max_tokens, limit // 2)
-    training, generate = model.training, cast("Any", model).generate
-    model.eval()
-    answers: list[Answer] = []
-    for first in range(0, len(questions), batch_size):
-        batch = questions[first : first + batch_size]
-        asked = [prompt_ids(tokenizer, question) for question in batch]
-        rows = [[found[0], *found[1:][-(limit - most - 1) :]] for found in asked]
-        ids, mask = (torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long) for _ in range(2))
-        for i, row in enumerate(rows):  # on the left, so that every prompt ends where its answer begins
-            ids[i, -len(row) :] = torch.tensor(row)
-            mask[i, -len(row) :] = 1
-        with torch.inference_mode():
-            output = generate(
-                ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=most,
-                do_sample=False, num_beams=1,
-                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
-            )  # fmt: skip
-        for question, text in zip(
-            batch, tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True), strict=True
-        ):
-            answers.append(
-                Answer(question.domain, question.prompt.strip(), question.completion.strip(), text.strip())
-            )
-        progress.say(f"[judge] {len(answers)}/{len(questions)} questions answered by the model")
-    model.train(training)
-    return answers
 
 
 # Replies of the judge -----------------------------------------------------------------------------------------------
@@ -165,9 +86,7 @@ class _Cache:
                 for line in content.decode("utf-8", "replace").split("\n"):
                     self._read(line)
                 if content and not content.endswith(b"\n"):
-                    file.write(
-                        b"\n"
-                    )  # The last line was cut off by a kill; what follows must not lengthen it.
+                    file.write(b"\n")  # A kill cut the last line off; what follows must not lengthen it.
         except OSError as error:
             raise self._unusable(error) from None
 
@@ -190,9 +109,8 @@ class _Cache:
             case {"key": str(key), "model": str(), "score": int(score)} if 0 <= score <= 100:
                 self.scores[key] = score
             case _ if row is not None or line[: len(_CACHE_HEAD)] != _CACHE_HEAD[: len(line)]:
-                raise InputError(
-                    "not a cache of the judge", where=self.path, fix="name a new file", code="judge-cache"
-                )
+                what = "not a cache of the judge"
+                raise InputError(what, where=self.path, fix="name a new file", code="judge-cache")
 
     def _unusable(self, error: OSError) -> InputError:
         what = f"the cache cannot be read and written ({error.strerror})"
@@ -228,31 +146,40 @@ class _Endpoint:
         # Not every judge takes these; what it complains about is left out from then on.
         self._options: dict[str, Any] = {"temperature": 0, "max_tokens": 4096}
 
-        def bound(answer: httpx2.Response) -> None:
-            answer.stream = _bounded(answer, time.monotonic() + seconds)
+        def say_little(request: httpx2.Request) -> None:
+            """The client tells of this machine, and of accounts elsewhere that the environment names."""
+            for name in set(request.headers) - _HEADERS:
+                del request.headers[name]
+            # So the bytes that are counted are those that memory holds.
+            request.headers["Accept-Encoding"] = "identity"
+            if key:
+                request.headers["Authorization"] = f"Bearer {key}"
 
+        def read(answer: httpx2.Response) -> None:
+            """All of an answer, which may neither drip for ever nor flood the memory."""
+            ends, body = time.monotonic() + seconds, bytearray()
+            if answer.headers.get("content-encoding", "identity") != "identity":
+                raise httpx2.DecodingError("the answer is packed, which was not asked for")
+            with closing(cast("httpx2.SyncByteStream", answer.stream)) as stream:
+                for chunk in stream:
+                    body += chunk
+                    if time.monotonic() > ends or len(body) > _REPLY_BYTES:
+                        raise httpx2.ReadTimeout("the answer does not end")
+            answer.stream = httpx2.ByteStream(bytes(body))
+
+        unusable = (ValueError, ImportError, OSError, httpx2.InvalidURL)
         try:
             # Redirects are not followed: text and key go to the host that the user named.
             http = httpx2.Client(
                 timeout=httpx2.Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS)), follow_redirects=False,
-                event_hooks={"request": [_say_little if key else _say_nothing], "response": [bound]},
+                event_hooks={"request": [say_little], "response": [read]},
             )  # fmt: skip
-        except (
-            ValueError,
-            ImportError,
-            OSError,
-            httpx2.InvalidURL,
-        ):  # what variables for proxies and authorities name
+        except unusable:  # what variables for proxies and authorities name
             what, where = "the proxy or the certificates that it names cannot be used", "the environment"
             allowed = "HTTPS_PROXY, SSL_CERT_FILE"
             raise InputError(what, where=where, allowed=allowed, code="judge-unreachable") from None
         # Requests are repeated here, where an endpoint may ask for minutes and a failed one ends all others.
-        self.client = OpenAI(
-            api_key=key or "none",
-            base_url=url.removesuffix("/chat/completions"),
-            max_retries=0,
-            http_client=http,
-        )
+        self.client = OpenAI(api_key=key or "none", base_url=url, max_retries=0, http_client=http)
 
     def ask(self, prompt: str) -> _Reply:
         """The reply to one prompt; requests that the endpoint cannot serve now are repeated with growing pauses.
@@ -263,33 +190,28 @@ class _Endpoint:
         """
         from openai import APIConnectionError, APIStatusError
 
+        message: Any = {"role": "user", "content": prompt}  # alone: some templates know no system message
         for attempt in range(_TRIES):
-            options, wait = self._options, None
+            options, wait, reason = self._options, None, "it answered 200: no chat completion"
             try:
-                answer = self.client.chat.completions.create(
-                    model=self.model,
-                    # One message of the user: some chat templates know no system message.
-                    messages=[{"role": "user", "content": prompt}],
-                    **options,
-                )
+                answer = self.client.chat.completions.create(model=self.model, messages=[message], **options)
+                if (reply := _read_reply(answer)) is not None:
+                    return reply
             except APIConnectionError as error:
                 reason = self._clean(str(error.__cause__ or error) or type(error).__name__)
             except APIStatusError as error:
-                status, reason = error.status_code, self._reason(error.status_code, error.response.content)
+                said = error.body.get("message", error.body) if isinstance(error.body, dict) else error.body
+                reason = self._clean(f"it answered {error.status_code}: {said}")
                 unwanted = [name for name in options if name in reason]
-                if status == 400 and unwanted:
+                if error.status_code == 400 and unwanted:
                     known = self._options.items()
                     self._options = {name: value for name, value in known if name not in unwanted}
                     continue
-                if status not in (408, 429) and status < 500:
-                    raise self._refusal(status, reason) from None
-                wait = _retry_after(error.response.headers)
+                if error.status_code not in (408, 429) and error.status_code < 500:
+                    raise self._refusal(error.status_code, reason) from None
+                wait = _retry_after(error.response.headers.get("retry-after", ""))
             except (ValueError, RecursionError):
-                reason = "it answered 200: no chat completion"
-            else:
-                if (reply := _read_reply(answer)) is not None:
-                    return reply
-                reason = "it answered 200: no chat completion"
+                pass  # no JSON
             if wait is not None and wait > _LONGEST_WAIT:
                 raise self._unreachable(f"{reason}; it asks to wait {wait:.0f} seconds")
             if attempt < _TRIES - 1:
@@ -298,14 +220,6 @@ class _Endpoint:
                 if self.stop.wait(ours if wait is None else wait):
                     raise _Stopped
         raise self._unreachable(reason)
-
-    def _reason(self, status: int, body: bytes) -> str:
-        try:
-            error = json.loads(body)["error"]
-            message = str(error["message"] if isinstance(error, dict) else error)
-        except (ValueError, RecursionError, LookupError, TypeError):
-            message = body[:2000].decode("utf-8", "replace")
-        return self._clean(f"it answered {status}: {message}")
 
     def _clean(self, message: str) -> str:
         """What others wrote, fit for a terminal and without the key, which endpoints like to repeat."""
@@ -319,56 +233,15 @@ class _Endpoint:
 
     def _refusal(self, status: int, reason: str) -> InputError:
         if status in (401, 403):
-            return InputError(
-                f"the judge does not take the key: {reason}",
-                where=self.host,
-                fix=f"set {KEY_VARIABLE}",
-                code="judge-key",
-            )
+            what, fix = f"the judge does not take the key: {reason}", f"set {KEY_VARIABLE}"
+            return InputError(what, where=self.host, fix=fix, code="judge-key")
         fix = "check --judge, whose path usually ends in /v1, and --judge-model"
         return InputError(f"the judge refuses: {reason}", where=self.host, fix=fix, code="judge-refused")
 
     def _unreachable(self, reason: str) -> InputError:
+        what = f"the judge does not answer: {reason}"
         fix = "try again later; with --judge-cache nothing is paid for twice"
-        return InputError(
-            f"the judge does not answer: {reason}", where=self.host, fix=fix, code="judge-unreachable"
-        )
-
-
-def _say_little(request: Any) -> None:
-    """The client tells about the machine that it runs on, and about an account of another endpoint."""
-    for name in list(request.headers):
-        if name.lower().startswith(("x-stainless-", "openai-")):
-            del request.headers[name]
-    request.headers["Accept-Encoding"] = "identity"  # so that the bytes counted are those that memory holds
-
-
-def _say_nothing(request: Any) -> None:
-    """To an endpoint without keys: the client insists on sending one."""
-    _say_little(request)
-    del request.headers["Authorization"]
-
-
-def _bounded(answer: Any, ends: float) -> Any:
-    """The bytes of an answer, which may neither drip for ever nor flood the memory."""
-    import httpx2
-
-    class Bounded(httpx2.SyncByteStream):
-        def __iter__(self) -> Iterator[bytes]:
-            if answer.headers.get("content-encoding", "identity") != "identity":
-                raise httpx2.DecodingError("the answer is packed, which was not asked for")
-            size = 0
-            for chunk in stream:
-                size += len(chunk)
-                if time.monotonic() > ends or size > _REPLY_BYTES:
-                    raise httpx2.ReadTimeout("the answer does not end")
-                yield chunk
-
-        def close(self) -> None:
-            stream.close()
-
-    stream = answer.stream
-    return Bounded()
+        return InputError(what, where=self.host, fix=fix, code="judge-unreachable")
 
 
 def _read_reply(answer: Any) -> _Reply | None:
@@ -382,17 +255,15 @@ def _read_reply(answer: Any) -> _Reply | None:
     return _Reply(text if isinstance(text, str) else "", *known)
 
 
-def _retry_after(headers: Mapping[str, str]) -> float | None:
+def _retry_after(value: str) -> float | None:
     """Seconds that the endpoint asks to wait; it may give a number or a date."""
-    value = headers.get("retry-after", "").strip()
-    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", value):
+    if re.fullmatch(r"\s*[0-9]{1,9}(\.[0-9]+)?\s*", value):
         return float(value)
     try:
-        date = parsedate_to_datetime(value)
-    except ValueError:
+        date = parsedate_tz(value)
+        return None if date is None else max(0.0, mktime_tz(date) - time.time())
+    except (ValueError, OverflowError):  # a date of no calendar
         return None
-    date = date if date.tzinfo else date.replace(tzinfo=UTC)
-    return max(0.0, (date - datetime.now(UTC)).total_seconds())
 
 
 # The judge ----------------------------------------------------------------------------------------------------------
@@ -436,9 +307,8 @@ class Judge:
         if find_spec("openai") is None:
             raise InputError("the judge needs openai", fix="pip install deepfusion[judge]", code="no-openai")
         if not model.strip():
-            raise InputError(
-                "the judge needs the name of a model", fix="give --judge-model", code="bad-input"
-            )
+            what = "the judge needs the name of a model"
+            raise InputError(what, fix="give --judge-model", code="bad-input")
         self.url, self.host = _endpoint_url(url)
         self.model, self.prices, self.seconds, self.pause = model, prices, seconds, pause
         self.prompt_sha256 = hashlib.sha256(PROMPT.encode()).hexdigest()
@@ -468,17 +338,10 @@ class Judge:
             InputError: the endpoint refuses, or does not answer in the end. Scores up to then are in the cache.
         """
         keys = [self._cache_key(answer) for answer in answers]
-        known = (
-            {}
-            if self._cache is None
-            else {key: self._cache.scores[key] for key in keys if key in self._cache.scores}
-        )
+        known = {} if self._cache is None else dict(self._cache.scores)
         there = sum(key in known for key in keys)
-        sent = (
-            f"{len(answers) - there} are sent to {self.host}"
-            if there < len(answers)
-            else "nothing is sent, nothing to pay"
-        )
+        rest = len(answers) - there
+        sent = f"{rest} are sent to {self.host}" if rest else "nothing is sent, nothing to pay"
         progress.say(f"[judge] {there} of {len(answers)} answers are in the cache; {sent}")
         endpoint = _Endpoint(self.url, self.host, self.model, self._key, self.seconds, self.pause)
 
@@ -512,32 +375,24 @@ class Judge:
             score = parse_score(replies[-1].text)
         if score is not None and self._cache is not None:
             self._cache.add(key, self.model, score)
-        tokens = (
-            _sum([reply.prompt_tokens for reply in replies]),
-            _sum([reply.completion_tokens for reply in replies]),
-        )
-        return _Verdict(answer.domain, score, False, *tokens)
+        prompt = _sum([reply.prompt_tokens for reply in replies])
+        completion = _sum([reply.completion_tokens for reply in replies])
+        return _Verdict(answer.domain, score, False, prompt, completion)
 
     def _cache_key(self, answer: Answer) -> str:
         parts = [self.model, PROMPT, answer.question, answer.reference, answer.answer]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _summary(self, verdicts: list[_Verdict]) -> dict[str, Any]:
-        prompt, completion = (
-            _sum([v.prompt_tokens for v in verdicts]),
-            _sum([v.completion_tokens for v in verdicts]),
-        )
+        prompt = _sum([verdict.prompt_tokens for verdict in verdicts])
+        completion = _sum([verdict.completion_tokens for verdict in verdicts])
         cost = None
         if self.prices is not None and prompt is not None and completion is not None:
             cost = (prompt * self.prices[0] + completion * self.prices[1]) / 1e6
         total = _mean(verdicts)
         mean = "none" if total["score"] is None else f"{total['score']:.1f} of 100"
-        left = (
-            f"; {total['unscored']} without a score in the judge's replies, left out of the mean"
-            if total["unscored"]
-            else ""
-        )
-        progress.say(f"[judge] mean of {total['scored']} scores: {mean}{left}")
+        left = f"; {total['unscored']} without a score in the judge's replies, left out of the mean"
+        progress.say(f"[judge] mean of {total['scored']} scores: {mean}{left if total['unscored'] else ''}")
         return {
             **total,
             "cached": sum(verdict.cached for verdict in verdicts),
@@ -562,12 +417,8 @@ def parse_prices(text: str) -> tuple[float, float]:
     number = r"\s*(\d{1,12}(?:\.\d+)?)\s*"
     found = re.fullmatch(f"{number},{number}", text, re.ASCII)
     if not found:
-        raise InputError(
-            f"{text!r} are no prices",
-            where="--judge-prices",
-            allowed="IN,OUT such as 0.15,0.60",
-            code="bad-value",
-        )
+        what, allowed = f"{text!r} are no prices", "IN,OUT such as 0.15,0.60"
+        raise InputError(what, where="--judge-prices", allowed=allowed, code="bad-value")
     return float(found[1]), float(found[2])
 
 
@@ -578,7 +429,7 @@ def _prompt(answer: Answer) -> str:
 
 
 def _endpoint_url(url: str) -> tuple[str, str]:
-    """The URL of the chat endpoint, and its host as a person knows it.
+    """The URL of the API, and its host as a person knows it.
 
     Raises:
         InputError: not a plain URL of HTTP.
@@ -588,17 +439,14 @@ def _endpoint_url(url: str) -> tuple[str, str]:
     try:
         parts = urlsplit(url)
         httpx2.URL(url)
-        sound = (
-            parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
-        )
+        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except (ValueError, httpx2.InvalidURL):
         sound = False
     if not sound or "@" in parts.netloc or parts.query or parts.fragment:
         # The URL is not repeated: it may hold a password or key.
         allowed = f"https://HOST/v1, without a name, key or query; the key belongs into {KEY_VARIABLE}"
         raise InputError("not the URL of an endpoint", where="--judge", allowed=allowed, code="judge-url")
-    base = url.rstrip("/")
-    return base if base.endswith("/chat/completions") else f"{base}/chat/completions", parts.netloc
+    return url.rstrip("/").removesuffix("/chat/completions"), parts.netloc
 
 
 def _sum(counts: list[int | None]) -> int | None:

@@ -21,9 +21,8 @@ import pytest
 
 from conftest import write_rows
 from deepfusion.errors import InputError
-from deepfusion.judge import PROMPT, Answer, Judge, answer_all, open_questions, parse_prices, parse_score
-from deepfusion.models.loading import load_model, load_tokenizer
-from deepfusion.text.rows import Document
+from deepfusion.judge import PROMPT, Judge, parse_prices, parse_score
+from deepfusion.learning.answers import Answer
 
 KEY = "sk-a-secret-that-nobody-may-read"
 
@@ -230,6 +229,7 @@ def test_failures_that_pass_are_waited_out(endpoint: Endpoint, capfd: pytest.Cap
             fails(429, Retry_After=past),
             fails(429),
             fails(429, Retry_After="soon"),
+            fails(429, Retry_After="Mon, 99 Jan 999999999999 00:00:00 GMT"),
         ],
         "broken": [
             fails(500),
@@ -478,7 +478,8 @@ def test_a_killed_run_goes_on(endpoint: Endpoint, tmp_path: Path) -> None:
 
     endpoint.usual = halfway
     script = (
-        "import sys; from pathlib import Path; from deepfusion.judge import Answer, Judge\n"
+        "import sys; from pathlib import Path; from deepfusion.judge import Judge\n"
+        "from deepfusion.learning.answers import Answer\n"
         "from deepfusion import progress; progress.to_terminal()\n"
         "url, cache, *questions = sys.argv[1:]\n"
         "answers = [Answer('medicine', q, 'Rest.', 'Two weeks of rest.') for q in questions]\n"
@@ -554,14 +555,27 @@ def test_the_endpoint_may_be_named_in_full(endpoint: Endpoint, tail: str) -> Non
     assert endpoint.requests[0]["path"] == "/v1/chat/completions"
 
 
+@pytest.mark.parametrize("key", [KEY, ""])
 def test_an_endpoint_learns_nothing_of_this_machine(
-    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
-    monkeypatch.setenv("OPENAI_ORG_ID", "somebody")
+    """What the environment holds for the client is meant for another endpoint."""
+    monkeypatch.setenv("DEEPFUSION_JUDGE_KEY", key)
+    for name in ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID"):
+        monkeypatch.setenv(f"OPENAI_{name}", "somebody")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "Authorization: Bearer somebody\nCookie: somebody")
     judge(endpoint).score(answers("Why?"))
     [request] = endpoint.requests
-    told = {name for name in request["headers"] if name.startswith(("X-", "Openai-"))}
-    assert told == set()
+    usual = {
+        "Host",
+        "Accept",
+        "Accept-Encoding",
+        "Connection",
+        "User-Agent",
+        "Content-Length",
+        "Content-Type",
+    }
+    assert set(request["headers"]) - usual == ({"Authorization"} if key else set())
     assert "somebody" not in str(request["headers"])
 
 
@@ -569,6 +583,33 @@ def test_a_packed_answer_is_not_unpacked(endpoint: Endpoint) -> None:
     endpoint.usual = lambda handler, _: handler.give(200, {"choices": []}, Content_Encoding="gzip")
     with pytest.raises(InputError, match="judge-unreachable"):
         judge(endpoint).score(answers("Why?"))
+
+
+def test_an_answer_without_end_is_given_up(endpoint: Endpoint) -> None:
+    """Its score comes after more bytes than any reply has, and is never read."""
+    flood = " " * 2**22 + json.dumps({"choices": [{"message": {"content": '{"score": 1}'}}]})
+    endpoint.script = {"Why?": [lambda handler, _: handler.give(200, flood)]}
+    assert judge(endpoint).score(answers("Why?"))["score"] == 60
+    assert len(endpoint.requests) == 2
+
+
+def test_a_redirect_carries_text_and_key_nowhere(endpoint: Endpoint) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as elsewhere:
+        elsewhere.setblocking(False)
+        location = f"http://127.0.0.1:{elsewhere.getsockname()[1]}/v1/chat/completions"
+        endpoint.usual = fails(307, Location=location)
+        with pytest.raises(InputError, match="judge-refused"):
+            judge(endpoint).score(answers("Why?"))
+        with pytest.raises(BlockingIOError):
+            elsewhere.accept()
+
+
+def test_logs_of_libraries_hold_no_key(endpoint: Endpoint, caplog: pytest.LogCaptureFixture) -> None:
+    endpoint.script = {"Why?": [fails(429, f"slow down, {KEY}", Retry_After="0"), hangs_up]}
+    with caplog.at_level("DEBUG"):
+        judge(endpoint).score(answers("Why?"))
+    assert "openai" in {record.name.partition(".")[0] for record in caplog.records}
+    assert KEY not in caplog.text + "".join(str(record.__dict__) for record in caplog.records)
 
 
 def test_an_endpoint_without_keys_gets_none(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -599,39 +640,6 @@ def test_prices() -> None:
     for text in ("", "3", "a,b", "-1,2", "nan,1", "inf,1", "1,2,3"):
         with pytest.raises(InputError):
             parse_prices(text)
-
-
-# Answers of the model under test ------------------------------------------------------------------------------------
-
-
-def test_only_open_questions_are_asked_and_always_the_same_ones() -> None:
-    chosen = Document("Which?", " A. x", "d", (" A. x", " B. y"), 0)
-    documents = [
-        Document("", "Plain text.", "d"),
-        chosen,
-        *(Document(f"Why {n}?", " So.", "d") for n in range(20)),
-    ]
-    assert open_questions(documents) == documents[2:]
-    few, more = open_questions(documents, 4), open_questions(documents, 9)
-    assert len(few) == 4
-    assert set(few) < set(more)
-    with pytest.raises(InputError) as caught:
-        open_questions(documents[:2])
-    assert caught.value.code == "no-examples"
-
-
-@pytest.mark.parametrize("kind", ["mini-gpt2", "mini-llama", "mini-bloom"])
-def test_answers_do_not_depend_on_their_batch(zoo: dict[str, Path], kind: str) -> None:
-    model, tokenizer = load_model(zoo[kind]), load_tokenizer(zoo[kind])
-    texts = [
-        "Why?",
-        "The patient was given a low dose of aspirin before the operation. Why?",
-        "The bank sold gold " * 40,
-    ]
-    questions = [Document(text, " So.", "d") for text in texts]
-    together = answer_all(model, tokenizer, questions, max_tokens=16)
-    assert together == [answer_all(model, tokenizer, [one], max_tokens=16)[0] for one in questions]
-    assert [answer.question for answer in together] == [text.strip() for text in texts]
 
 
 # The command line ---------------------------------------------------------------------------------------------------

@@ -60,7 +60,8 @@ def evaluate(
     say_cut(documents, max_chars)
     referee = None
     if judge is not None:
-        from deepfusion.judge import Judge, answer_all, open_questions, parse_prices
+        from deepfusion.judge import Judge, parse_prices
+        from deepfusion.learning.answers import answer_all, open_questions
 
         prices = None if judge_prices is None else parse_prices(judge_prices)
         referee = Judge(judge, judge_model or "", prices=prices, cache=judge_cache)
