@@ -260,10 +260,12 @@ def test_other_data_is_refused_and_uploads_are_kept(mine, home, values, invoke):
     assert done.code == 2
     assert "another-run" in done.err
     rows = (home / "finance.jsonl").read_text("utf-8")
-    write_rows(home / "finance.jsonl", sentences("finance", 30, seed=1))
-    with pytest.raises(InputError, match="another-run"):
-        run_settings(values, mine)
-    (home / "finance.jsonl").write_text(rows, "utf-8")
+    try:
+        write_rows(home / "finance.jsonl", sentences("finance", 30, seed=1))
+        with pytest.raises(InputError, match="another-run"):
+            run_settings(values, mine)
+    finally:
+        (home / "finance.jsonl").write_text(rows, "utf-8")
     assert digests(mine, "uploads") == before
 
 
