@@ -19,7 +19,7 @@ from deepfusion.schema import Config, DeviceSpec, Named, effective_handover
 
 CONFIGS = Path(__file__).parent / "configs"
 
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {"distill.vaa.stages": "distill.vaa.blocks"}
 """Keys or sections by their old names, and what they are called now: accepted with a warning for one minor version, see
 RELEASE.md."""
 
@@ -62,7 +62,8 @@ def load_config(
     """
     path = CONFIGS / "quickstart.yaml" if path is None else Path(path)
     values = _read_yaml(path)
-    _rename(values, renamed, path)
+    for old, new in rename_keys(values, renamed, where=path).items():
+        _tell(old, new, path)
     packaged = path.is_relative_to(CONFIGS)
     given = []
     for override in overrides:
@@ -73,7 +74,9 @@ def load_config(
                 allowed="--set tune.steps=100",
                 code="bad-override",
             )
-        key = _new_name(key.strip(), renamed, f"--set {override}")
+        if old := _renamed_part(key := key.strip(), renamed):
+            _tell(old, renamed[old], f"--set {override}")
+        key = current_name(key, renamed)
         given.append(f"{key}={value}")
         _set(values, key.split("."), _parse_value(value, override))
     recipe = values.get("recipe", "fused")
@@ -216,21 +219,28 @@ def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
     values[keys[-1]] = value
 
 
-def _new_name(key: str, renamed: Mapping[str, str], where: object) -> str:
-    """The key itself, or what it, or the section that it is in, is called now; then whoever used the old name is
-    told.
+def current_name(key: str, renamed: Mapping[str, str] = RENAMED) -> str:
+    """What a dotted key, which may have been renamed or be in a section that was, is called now."""
+    old = _renamed_part(key, renamed)
+    return renamed[old] + key[len(old) :] if old else key
+
+
+def _renamed_part(key: str, renamed: Mapping[str, str]) -> str | None:
+    return next((old for old in renamed if f"{key}.".startswith(f"{old}.")), None)
+
+
+def rename_keys(
+    values: dict[str, Any], renamed: Mapping[str, str] = RENAMED, *, where: object
+) -> dict[str, str]:
+    """Move what nested `values` say under old names to the new ones.
+
+    Returns:
+        The old names that were found, and their new ones.
+
+    Raises:
+        InputError: both names of a key are there (`contradiction`).
     """
-    for old, new in renamed.items():
-        if f"{key}.".startswith(f"{old}."):
-            progress.warn(
-                f"{where}: {old} is now called {new}; the old name is accepted until the next minor version"
-            )
-            return new + key[len(old) :]
-    return key
-
-
-def _rename(values: dict[str, Any], renamed: Mapping[str, str], path: Path) -> None:
-    """Moves what a file says under an old name to its new one."""
+    found = {}
     for old in renamed:
         *sections, last = old.split(".")
         holder: Any = values
@@ -238,11 +248,18 @@ def _rename(values: dict[str, Any], renamed: Mapping[str, str], path: Path) -> N
             holder = holder.get(section) if isinstance(holder, dict) else None
         if not isinstance(holder, dict) or last not in holder:
             continue
-        new = _new_name(old, renamed, path)
+        new = found[old] = renamed[old]
         if _has(values, new):
             what = f"{old} and {new} are one key, which was renamed"
-            raise InputError(what, where=path, fix=f"remove {old}", code="contradiction")
+            raise InputError(what, where=where, fix=f"remove {old}", code="contradiction")
         _set(values, new.split("."), holder.pop(last))
+    return found
+
+
+def _tell(old: str, new: str, where: object) -> None:
+    progress.warn(
+        f"{where}: {old} is now called {new}; the old name is accepted until the next minor version"
+    )
 
 
 def _has(values: Any, key: str) -> bool:

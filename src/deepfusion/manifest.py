@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from deepfusion.config import explain
+from deepfusion.config import current_name, explain
 from deepfusion.errors import InputError
 from deepfusion.folders import is_run, write_whole
 
@@ -55,11 +55,12 @@ class Key(BaseModel):
             found.append(f"revision {asked.revision} of the stage (it was {self.revision})")
         if self.function != asked.function:
             found.append(f"another method: {asked.function} (it was {self.function})")
-        defaults = {key: default for key, _, default, _ in explain()}
+        known = {key: default for key, _, default, _ in explain()}
+        known |= {current_name(key): value for key, value in self.settings.items()}
         settings = {
-            key: _change(before, value)
+            key: _change(known.get(key), value)
             for key, value in asked.settings.items()
-            if (before := self.settings.get(key, defaults.get(key))) != value
+            if known.get(key) != value
         }
         if "seed" in settings:
             found.append(f"another seed{settings.pop('seed')}")

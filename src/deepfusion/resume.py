@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from deepfusion import plugins, progress
-from deepfusion.config import NAMED, known_keys, parse_config
+from deepfusion.config import NAMED, known_keys, parse_config, rename_keys
 from deepfusion.digests import Digests, checkpoint_digest, tree_digest
 from deepfusion.errors import InputError
 from deepfusion.families.bases import base_checkpoint
@@ -169,7 +170,9 @@ def take_over(manifest: Manifest, stages: Iterable[Stage], run: Path, digests: D
     manifest.schema_version = SCHEMA_VERSION
     try:
         values = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
-        config = parse_config(values)
+        renamed = copy.deepcopy(values)
+        rename_keys(renamed, where=run / "config.yaml")
+        config = parse_config(renamed)
         old_keys = {
             stage.name: _key_0(stage, values, config, manifest.version, run, digests) for stage in stages
         }

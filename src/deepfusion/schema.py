@@ -199,9 +199,9 @@ class VAASection(Section):
     mode: Literal["vaa", "direct"] = Field(
         "vaa", description="direct: the same projections without attention (control)"
     )
-    stages: int = Field(2, ge=1, le=64, description="J, blocks of consecutive layers")
+    blocks: int = Field(2, ge=1, le=64, description="J, blocks of consecutive layers (stages in the source)")
     patches: int = Field(
-        32, ge=1, le=4096, description="P_q, patches of all stages together; a patch is a span of text"
+        32, ge=1, le=4096, description="P_q, patches of all blocks together; a patch is a span of text"
     )
     width: int = Field(64, ge=1, le=4096, description="d, width of the attention")
     heads: int = Field(4, ge=1, le=256, description="attention heads")
@@ -498,10 +498,10 @@ def _contradictions_of_numbers(config: Config) -> Iterator[PydanticCustomError]:
             f"device.upload={config.device.upload} is for method full; adapters are small as they are",
             ("device.upload", "device.method", "devices"),
         )
-    if vaa.patches % vaa.stages:
+    if vaa.patches % vaa.blocks:
         yield _contradiction(
-            "distill.vaa.patches must be a multiple of distill.vaa.stages",
-            ("distill.vaa.patches", "distill.vaa.stages"),
+            "distill.vaa.patches must be a multiple of distill.vaa.blocks",
+            ("distill.vaa.patches", "distill.vaa.blocks"),
         )
     if isinstance(config.data.test, float) and not 0 < config.data.test < 1:
         yield _contradiction("data.test as a share must lie between 0 and 1", ("data.test",))

@@ -71,8 +71,8 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
     ),
     "vaa-sizes": _each(
         "paper",
-        J_1="distill.vaa.stages=1",
-        J_3="distill.vaa.stages=3 distill.vaa.patches=33",  # the smallest device models have three layers
+        J_1="distill.vaa.blocks=1",
+        J_3="distill.vaa.blocks=3 distill.vaa.patches=33",  # the smallest device models have three layers
         Pq_8="distill.vaa.patches=8",
         Pq_128="distill.vaa.patches=128",
         d_16="distill.vaa.width=16",

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from deepfusion import __version__, pipeline, progress
-from deepfusion.config import CONFIGS, config_digest, load_config
+from deepfusion.config import CONFIGS, config_digest, current_name, load_config
 from deepfusion.digests import sha256_file
 from deepfusion.errors import InputError
 from deepfusion.families.bases import base_checkpoint
@@ -169,7 +169,9 @@ def stored(cell: Cell, results: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     found = read_cell(path)
-    measured, asked = found["overrides"], [*cell.shared, *cell.own]
+    changes = (change.partition("=") for change in found["overrides"])
+    measured = [f"{current_name(key)}={value}" for key, _, value in changes]
+    asked = [*cell.shared, *cell.own]
     if measured != asked or found["case_digest"] != sha256_file(cell.file):
         what = measured if measured != asked else f"another {cell.file.name}"
         raise InputError(

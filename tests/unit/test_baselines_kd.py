@@ -290,10 +290,10 @@ def test_ofakd_compares_what_the_divergence_compares(zoo, name):
 
 
 def test_ofakd_has_an_exit_per_stage(zoo):
-    for stages, exits in ((1, 1), (4, 2)):  # the student has two layers
+    for blocks, exits in ((1, 1), (4, 2)):  # the student has two layers
         weights = LossWeights(beta=1.0)
         module, collator = made(
-            OFAKD, zoo["qwen3_moe"], {0: zoo["mini-llama"]}, weights, settings=OFAKDSettings(stages=stages)
+            OFAKD, zoo["qwen3_moe"], {0: zoo["mini-llama"]}, weights, settings=OFAKDSettings(blocks=blocks)
         )
         assert len(module.vaa["exits"]) == exits
         found = module(**collator(documents(0, 0)))

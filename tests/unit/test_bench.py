@@ -55,7 +55,7 @@ def test_every_variant_changes_a_config_that_is_valid(variant: Variant) -> None:
     changed = [cell.config(*recipe, *cell.own) for cell in cells]
     assert changed != [cell.config(*recipe, *against.own) for cell in plain]
     for config in changed:
-        assert config.distill.vaa.stages <= min(
+        assert config.distill.vaa.blocks <= min(
             model_config(name).num_hidden_layers for name in config.device.types
         )
 

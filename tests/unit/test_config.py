@@ -264,7 +264,7 @@ def test_override(override, key, value):
     [
         ("sed: 1", "unknown-key", ["sed", "did you mean seed?"]),
         ("tune: {stpes: 1}", "unknown-key", ["tune.stpes", "did you mean tune.steps?"]),
-        ("stages: 3", "unknown-key", ["stages", "distill.vaa.stages"]),
+        ("blocks: 3", "unknown-key", ["blocks", "distill.vaa.blocks"]),
         ("devices: [{typ: gpt2}]", "unknown-key", ["devices.0.typ", "did you mean devices.type?"]),
         ("distil: {steps: 3}", "unknown-key", ["did you mean distill?"]),
         ("learning_rate: 3", "unknown-key", [".learning_rate?"]),
@@ -278,7 +278,7 @@ def test_override(override, key, value):
         ("top_k: 1", "bad-value", ["router no gradient"]),
         ("devices: [{id: a, type: x}, {id: a, type: y}]", "bad-value", ["a stands twice"]),
         ("devices: [{id: ' ', type: x}]", "bad-value", ["devices.0.id"]),
-        ("distill: {vaa: {patches: 5, stages: 2}}", "bad-value", ["patches"]),
+        ("distill: {vaa: {patches: 5, blocks: 2}}", "bad-value", ["patches"]),
         ("[1, 2]", "bad-yaml", ["mapping"]),
         ("a: [", "bad-yaml", ["not valid YAML"]),
         ("!!python/object/apply:os.system ['true']", "bad-yaml", ["not valid YAML"]),

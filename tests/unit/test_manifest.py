@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepfusion.config import RENAMED
 from deepfusion.digests import MEMORY, Digests, checkpoint_digest, sha256_file, tree_digest
 from deepfusion.errors import InputError
 from deepfusion.inputs import data_versions
@@ -60,6 +61,14 @@ def test_an_input_that_is_no_longer_there_is_a_difference():
 def test_a_key_that_came_later_had_its_default_before():
     assert changed(settings={"tune.control": True}) == []
     assert changed(settings={"tune.control": False}) == ["settings tune.control false (it was true)"]
+
+
+def test_a_key_that_was_renamed_is_compared_by_its_new_name():
+    for old, new in RENAMED.items():
+        before, asked = (KEY.model_copy(update={"settings": {name: 7}}) for name in (old, new))
+        assert before.differences(asked) == []
+        other = KEY.model_copy(update={"settings": {new: 8}})
+        assert before.differences(other) == [f"settings {new} 8 (it was 7)"]
 
 
 def test_a_key_that_is_no_longer_read_does_not_count():

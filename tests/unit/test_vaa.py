@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepfusion.errors import InputError
-from deepfusion.learning.vaa import ViewAlignedAttention, span_pooling, stage_ends
+from deepfusion.learning.vaa import ViewAlignedAttention, block_ends, span_pooling
 
-STAGES, PATCHES, KERNEL = 2, 8, 2
-SETTINGS = {"stages": STAGES, "patches": PATCHES, "width": 8, "heads": 2, "kernel": KERNEL}
+BLOCKS, PATCHES, KERNEL = 2, 8, 2
+SETTINGS = {"blocks": BLOCKS, "patches": PATCHES, "width": 8, "heads": 2, "kernel": KERNEL}
 
 
 def words(*ends: int) -> np.ndarray:
@@ -25,33 +25,33 @@ def inputs(
     tokens: int = 12, seed: int = 0
 ) -> tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor], torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    spans = PATCHES // STAGES
+    spans = PATCHES // BLOCKS
     student, teacher = words(*range(2, 2 * tokens, 2)), words(*range(3, 2 * tokens, 3))
     length = 2 * tokens - 2
     return (
-        [torch.randn(1, len(student), 16, generator=generator) for _ in range(STAGES)],
+        [torch.randn(1, len(student), 16, generator=generator) for _ in range(BLOCKS)],
         span_pooling([student], [length], spans * KERNEL, len(student)),
-        [torch.randn(1, len(teacher), 12, generator=generator) for _ in range(STAGES)],
+        [torch.randn(1, len(teacher), 12, generator=generator) for _ in range(BLOCKS)],
         span_pooling([teacher], [length], spans, len(teacher)),
     )
 
 
 @pytest.mark.parametrize(
-    ("layers", "stages", "ends"), [(6, 3, [2, 4, 6]), (6, 4, [1, 3, 4, 6]), (2, 2, [1, 2]), (5, 1, [5])]
+    ("layers", "blocks", "ends"), [(6, 3, [2, 4, 6]), (6, 4, [1, 3, 4, 6]), (2, 2, [1, 2]), (5, 1, [5])]
 )
-def test_stage_ends(layers: int, stages: int, ends: list[int]) -> None:
-    assert stage_ends(layers, stages) == ends
+def test_block_ends(layers: int, blocks: int, ends: list[int]) -> None:
+    assert block_ends(layers, blocks) == ends
 
 
 @given(st.integers(1, 64), st.integers(1, 64))
-def test_stages_are_blocks_of_about_equal_size(layers: int, stages: int) -> None:
-    if stages > layers:
-        with pytest.raises(InputError, match="too-many-stages"):
-            stage_ends(layers, stages)
+def test_blocks_are_of_about_equal_size(layers: int, blocks: int) -> None:
+    if blocks > layers:
+        with pytest.raises(InputError, match="too-many-blocks"):
+            block_ends(layers, blocks)
         return
-    ends = stage_ends(layers, stages)
+    ends = block_ends(layers, blocks)
     sizes = np.diff([0, *ends])
-    assert (len(ends), ends[-1]) == (stages, layers)
+    assert (len(ends), ends[-1]) == (blocks, layers)
     assert sizes.min() >= 1
     assert sizes.max() - sizes.min() <= 1
 
@@ -153,8 +153,8 @@ def test_loss_falls_when_trained() -> None:
     assert loss.item() < 0.3 * first
 
 
-def stage_gradients(mode: str, causal: bool, teacher_stage: int, teacher_span: int) -> torch.Tensor:
-    """[stages, tokens]: how the match of one teacher stage and span depends on the student's tokens of every stage."""
+def block_gradients(mode: str, causal: bool, teacher_block: int, teacher_span: int) -> torch.Tensor:
+    """[blocks, tokens]: how the match of one teacher block and span depends on the student's tokens of every block."""
     torch.manual_seed(0)
     module = ViewAlignedAttention(16, 12, **SETTINGS, mode=mode, causal=causal, normalize=False)
     student, student_pool, teacher, teacher_pool = inputs()
@@ -162,7 +162,7 @@ def stage_gradients(mode: str, causal: bool, teacher_stage: int, teacher_span: i
         states.requires_grad_()
     moved = [states.clone() for states in teacher]
     inside = teacher_pool[0, teacher_span] > 0
-    moved[teacher_stage][0, inside] += 1
+    moved[teacher_block][0, inside] += 1
     only = torch.zeros_like(teacher_pool)
     only[0, teacher_span] = teacher_pool[0, teacher_span]
     difference = module(student, student_pool, moved, only) - module(student, student_pool, teacher, only)
@@ -172,11 +172,11 @@ def stage_gradients(mode: str, causal: bool, teacher_stage: int, teacher_span: i
     )
 
 
-def test_attention_sees_all_stages_and_spans_and_direct_only_its_own() -> None:
+def test_attention_sees_all_blocks_and_spans_and_direct_only_its_own() -> None:
     own = inputs()[1][0, KERNEL : 2 * KERNEL].sum(0) > 0  # tokens of span 1
-    everywhere = stage_gradients("vaa", False, 0, 1)
+    everywhere = block_gradients("vaa", False, 0, 1)
     assert (everywhere[:, 1:-1] > 0).all()
-    direct = stage_gradients("direct", False, 0, 1)
+    direct = block_gradients("direct", False, 0, 1)
     assert torch.equal(direct[0] > 0, own)
     assert direct[1].sum() == 0
 
@@ -184,7 +184,7 @@ def test_attention_sees_all_stages_and_spans_and_direct_only_its_own() -> None:
 def test_causal_attention_does_not_see_later_spans() -> None:
     pool = inputs()[1][0]
     later = (pool[2 * KERNEL :].sum(0) > 0) & (pool[: 2 * KERNEL].sum(0) == 0)
-    grads = stage_gradients("vaa", True, 0, 1)
+    grads = block_gradients("vaa", True, 0, 1)
     assert later.any()
     assert grads[:, later].sum() == 0
     assert (grads[:, 1:3] > 0).all()

@@ -29,7 +29,7 @@ from deepfusion.learning.align import (
 )
 from deepfusion.learning.corpus import Window
 from deepfusion.learning.losses import Projection, TokenLosses, distillation_losses, load_balance
-from deepfusion.learning.vaa import ViewAlignedAttention, span_pooling, stage_ends
+from deepfusion.learning.vaa import ViewAlignedAttention, block_ends, span_pooling
 from deepfusion.models.loading import context_limit, load_model, load_tokenizer
 from deepfusion.schema import VAASection
 from deepfusion.text.encoding import Encoded, encode
@@ -149,7 +149,7 @@ class Collator:
             teacher_mask,
         )
         if self.vaa is not None:
-            spans = self.vaa.patches // self.vaa.stages
+            spans = self.vaa.patches // self.vaa.blocks
             covered = [min(_end(e), _end(t)) for e, t in zip(own, theirs, strict=True)]
             group.student_pool = span_pooling(
                 [e.offsets for e in own], covered, spans * self.vaa.kernel, length
@@ -176,7 +176,7 @@ class Distiller(nn.Module):
         self.teachers = teachers or {}
         self.moe = bool(expert_parameters(student))
         self.computing = parameter_count(student.config)["computing"]
-        self.stages = vaa.stages if vaa is not None else 0
+        self.blocks = vaa.blocks if vaa is not None else 0
         self.vaa = nn.ModuleDict()
         if vaa is not None:
             torch.manual_seed(seed)
@@ -272,9 +272,9 @@ class Distiller(nn.Module):
             assert group.student_pool is not None
             assert group.teacher_pool is not None
             losses["feature"] = self.vaa[str(group.teacher)](
-                [states[end][rows] for end in stage_ends(len(states) - 1, self.stages)],
+                [states[end][rows] for end in block_ends(len(states) - 1, self.blocks)],
                 group.student_pool.to(device),
-                [teacher_states[end] for end in stage_ends(len(teacher_states) - 1, self.stages)],
+                [teacher_states[end] for end in block_ends(len(teacher_states) - 1, self.blocks)],
                 group.teacher_pool.to(device),
             )
         return losses

@@ -1,8 +1,9 @@
 """View-Aligned Attention: matching the features of teacher and student across architectures [DF eq. 7-9].
 
 A compact model builds in its last layers what a larger one has early, so that layer j of the one does not correspond to
-layer j of the other. Here the student's features of *all* stages are mixed by attention before they are matched with
-each stage of the teacher. The module is used for distillation only and thrown away.
+layer j of the other. Here the student's features of *all* blocks of layers ("stages" in the source) are mixed by
+attention before they are matched with each block of the teacher. The module is used for distillation only and thrown
+away.
 
 The source does not say what a patch of a language model's features is. Ours is a span of *text*: an equal share of the
 document's characters, over which either side averages the hidden states of its own tokens. So both sides see the same
@@ -22,20 +23,20 @@ from torch import Tensor, nn
 from deepfusion.errors import InputError
 
 
-def stage_ends(num_layers: int, stages: int) -> list[int]:
-    """Indices into `hidden_states` (0 = embeddings, `num_layers` = last) where each of `stages` blocks of layers ends.
+def block_ends(num_layers: int, blocks: int) -> list[int]:
+    """Indices into `hidden_states` (0 = embeddings, `num_layers` = last) where each of `blocks` of layers ends.
 
     Raises:
-        InputError: `too-many-stages` if the model has fewer layers than stages.
+        InputError: `too-many-blocks` if the model has fewer layers than blocks.
     """
-    if not 1 <= stages <= num_layers:
+    if not 1 <= blocks <= num_layers:
         raise InputError(
-            f"{stages} stages do not fit a model of {num_layers} layers",
-            where="distill.vaa.stages",
+            f"{blocks} blocks do not fit a model of {num_layers} layers",
+            where="distill.vaa.blocks",
             allowed=f"1 to {num_layers}",
-            code="too-many-stages",
+            code="too-many-blocks",
         )
-    return [num_layers * (stage + 1) // stages for stage in range(stages)]
+    return [num_layers * (block + 1) // blocks for block in range(blocks)]
 
 
 def span_pooling(
@@ -75,20 +76,20 @@ class ViewAlignedAttention(nn.Module):
     Args:
         student_width: Ds, hidden size of the student.
         teacher_width: Dt, hidden size of the teacher.
-        stages: J.
-        patches: P_q, patches of all stages together; P_q / J spans of text a stage.
+        blocks: J.
+        patches: P_q, patches of all blocks together; P_q / J spans of text a block.
         width: d, width of the attention.
         heads: attention heads.
-        kernel: r, the sub-spans of a patch which the convolution C_j of a stage joins.
+        kernel: r, the sub-spans of a patch which the convolution C_j of a block joins.
         causal: keep patches from attending to later spans, which the student could not have seen (ours).
         normalize: scale each of the teacher's features to mean 0 and variance 1, so that the weight of this loss means
             the same for every teacher (ours); False is the plain squared error of the source.
-        mode: "direct" leaves the attention out and so matches stage j with stage j alone, for comparison.
+        mode: "direct" leaves the attention out and so matches block j with block j alone, for comparison.
 
     Raises:
         InputError: `patches-not-divisible` or `width-not-divisible`.
 
-    The embeddings of stage and span are ours (attention alone would not know which patch is which); they start at zero,
+    The embeddings of block and span are ours (attention alone would not know which patch is which); they start at zero,
     so that training starts from the formula of the source. As there, nothing is added around the attention.
     """
 
@@ -99,7 +100,7 @@ class ViewAlignedAttention(nn.Module):
         student_width: int,
         teacher_width: int,
         *,
-        stages: int,
+        blocks: int,
         patches: int,
         width: int,
         heads: int,
@@ -109,21 +110,22 @@ class ViewAlignedAttention(nn.Module):
         mode: Literal["vaa", "direct"] = "vaa",
     ) -> None:
         super().__init__()
-        _require_multiple("patches", patches, "stages", stages)
+        _require_multiple("patches", patches, "blocks", blocks)
         _require_multiple("width", width, "heads", heads)
         self.teacher_width, self.normalize, self.heads = teacher_width, normalize, heads
-        self.spans = patches // stages
+        self.spans = patches // blocks
         """Spans of `teacher_pool`; `student_pool` has `kernel` times as many."""
         self.patchify = nn.ModuleList(
-            nn.Conv1d(student_width, width, kernel, stride=kernel) for _ in range(stages)
+            nn.Conv1d(student_width, width, kernel, stride=kernel) for _ in range(blocks)
         )
-        self.project = nn.ModuleList(nn.Linear(width, teacher_width) for _ in range(stages))
+        self.project = nn.ModuleList(nn.Linear(width, teacher_width) for _ in range(blocks))
         self.qkv: nn.Linear | None = None
         if mode == "vaa":
             self.qkv = nn.Linear(width, 3 * width, bias=False)
-            self.stage_embedding = nn.Parameter(torch.zeros(stages, 1, width))
+            # Named so in the checkpoints of trainings that go on.
+            self.stage_embedding = nn.Parameter(torch.zeros(blocks, 1, width))
             self.span_embedding = nn.Parameter(torch.zeros(self.spans, width))
-        span = torch.arange(self.spans).repeat(stages)
+        span = torch.arange(self.spans).repeat(blocks)
         self.register_buffer("visible", span[:, None] >= span if causal else None, persistent=False)
 
     def forward(
@@ -133,7 +135,7 @@ class ViewAlignedAttention(nn.Module):
         teacher_states: Sequence[Tensor],
         teacher_pool: Tensor,
     ) -> Tensor:
-        """`L_FM`, a scalar: the sum over stages of the mean squared error [DF eq. 9].
+        """`L_FM`, a scalar: the sum over blocks of the mean squared error [DF eq. 9].
 
         Args:
             student_states: J tensors [B, Ts, Ds].
@@ -142,23 +144,23 @@ class ViewAlignedAttention(nn.Module):
             teacher_pool: [B, spans, Tt].
         """
         pool = student_pool.to(student_states[0].dtype)
-        stages = [
+        blocks = [
             conv((pool @ states).transpose(1, 2)).transpose(1, 2)
             for conv, states in zip(self.patchify, student_states, strict=True)
         ]  # J x [B, P_q/J, d]
         if self.qkv is not None:
-            stages = self._attend(stages, self.qkv)
+            blocks = self._attend(blocks, self.qkv)
         loss = student_pool.new_zeros((), dtype=torch.float32)
-        for project, patches, states in zip(self.project, stages, teacher_states, strict=True):
+        for project, patches, states in zip(self.project, blocks, teacher_states, strict=True):
             target = teacher_pool.float() @ states.detach().float()
             if self.normalize:
                 target = F.layer_norm(target, (self.teacher_width,))
             loss = loss + F.mse_loss(project(patches).float(), target)
         return loss
 
-    def _attend(self, stages: list[Tensor], to_qkv: nn.Linear) -> list[Tensor]:
+    def _attend(self, blocks: list[Tensor], to_qkv: nn.Linear) -> list[Tensor]:
         """J x [B, P_q/J, d] -> the same shapes, after attention among all P_q patches [DF eq. 8]."""
-        patches = (torch.stack(stages, 1) + self.stage_embedding + self.span_embedding).flatten(1, 2)
+        patches = (torch.stack(blocks, 1) + self.stage_embedding + self.span_embedding).flatten(1, 2)
         qkv = to_qkv(patches).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
         mixed = F.scaled_dot_product_attention(query, key, value, self.visible)  # [B, heads, P_q, d/heads]

@@ -1,6 +1,6 @@
 """OFA-KD (Hao et al., NeurIPS 2023, arXiv 2310.19444): intermediate features are matched in logit space.
 
-At the end of each stage of the student an exit turns its features into logits; these and the final logits are
+At the end of each block of the student's layers an exit turns its features into logits; these and the final logits are
 compared with the teacher's final logits by a loss with an extra weight on the target class. Facts of the public
 code: Hao840/OFAKD,
 `distillers/ofa.py`. There an exit of a transformer is a few transformer blocks and a classifier. Here it is the
@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from deepfusion.learning.align import SharedVocabulary
 from deepfusion.learning.distillation import Distiller, Group, LossWeights, Teacher
 from deepfusion.learning.losses import comparable_columns
-from deepfusion.learning.vaa import stage_ends
+from deepfusion.learning.vaa import block_ends
 from deepfusion.schema import Config, Section, VAASection
 from deepfusion_bench.baselines.shared import distill_with, in_blocks, teacher_output, weighted_mean
 
@@ -34,7 +34,7 @@ class OFAKDSettings(Section):
     """What the config has no key for; `distill.ce_weight` weighs their gt loss (1), `distill.beta` their kd loss
     (1)."""
 
-    stages: int = Field(
+    blocks: int = Field(
         4,
         ge=1,
         description="blocks of layers with an exit at the end (theirs); fewer in a student of fewer layers",
@@ -124,7 +124,7 @@ class OFAKD(Distiller):
         super().__init__(student, replace(weights, alpha=0.0, chunk=0.0), teachers, None, seed)
         self.settings = settings
         layers = student.config.num_hidden_layers
-        self.ends = stage_ends(layers, min(settings.stages, layers))
+        self.ends = block_ends(layers, min(settings.blocks, layers))
         torch.manual_seed(seed)
         # What the Distiller keeps here is trained along and thrown away, and makes it read the states of every layer.
         self.vaa["exits"] = nn.ModuleList(Exit(student.config.hidden_size) for _ in self.ends).to(
