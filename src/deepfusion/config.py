@@ -74,8 +74,9 @@ def load_config(
                 allowed="--set tune.steps=100",
                 code="bad-override",
             )
-        if old := _renamed_part(key := key.strip(), renamed):
-            _tell(old, renamed[old], f"--set {override}")
+        key = key.strip()
+        if (part := _renamed_part(key, renamed)) is not None:
+            _tell(part, renamed[part], f"--set {override}")
         key = current_name(key, renamed)
         given.append(f"{key}={value}")
         _set(values, key.split("."), _parse_value(value, override))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepfusion.learning.align import Alignment, SharedVocabulary, collate, identity_alignment
 from deepfusion.learning.losses import (
+    Coefficients,
     Comparison,
     PositionLosses,
     Projection,
@@ -79,31 +83,83 @@ def naive(seed: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor, to
     return ce, kl.float(), accuracy, student
 
 
-def run(seed: int, temperature: float = 1.0, **options: int) -> tuple[PositionLosses, Projection, Projection]:
+def run(seed: int, temperature: float = 1.0, **options: Any) -> tuple[PositionLosses, Projection, Projection]:
     student, teacher, positions, targets, weights, at = case(seed)
     comparison = Comparison(teacher, at, shared(seed), temperature)
-    return (
-        cross_entropy_and_kl(student, positions, targets, weights, comparison=comparison, **options),
-        student,
-        teacher,
+    losses = cross_entropy_and_kl(
+        student, positions, targets, weights, Coefficients(1.0, 3.0), comparison=comparison, **options
     )
+    return losses, student, teacher
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("block_elements", [MANY_BLOCKS, 2**23])
 def test_values_and_gradients_are_those_of_the_naive_form(temperature: float, block_elements: int) -> None:
-    losses, student, teacher = run(1, temperature, block_elements=block_elements)
+    *_, reference = naive(1, temperature)
+    chosen = (reference.hidden.flatten(0, 1) @ reference.weight.T + reference.bias).log_softmax(-1)
+    _, _, positions, targets, _, _ = case(1)
+    of_targets = chosen[positions, targets].detach().requires_grad_()
+    (pull,) = torch.autograd.grad(of_targets.square().mean(), of_targets)
+    losses, student, teacher = run(1, temperature, block_elements=block_elements, pull=pull)
     ce, kl, accuracy, reference = naive(1, temperature)
+    assert torch.allclose(losses.loss, ce + 3 * kl, atol=1e-5)
     assert torch.allclose(losses.ce, ce, atol=1e-5)
     assert torch.allclose(losses.kl, kl, atol=1e-5)
     assert torch.allclose(losses.accuracy, accuracy)
-    (losses.ce + 3 * losses.kl + losses.log_probs.square().mean()).backward()
+    (0.5 * losses.loss).backward()
     chosen = (reference.hidden.flatten(0, 1) @ reference.weight.T + reference.bias).log_softmax(-1)
-    _, _, positions, targets, _, _ = case(1)
-    (ce + 3 * kl + chosen[positions, targets].square().mean()).backward()
+    (0.5 * (ce + 3 * kl + chosen[positions, targets].square().mean())).backward()
     for ours, theirs in zip(student, reference, strict=True):
         assert torch.allclose(ours.grad, theirs.grad, atol=1e-5)
     assert teacher.weight.grad is None
+
+
+@pytest.mark.parametrize("size", [0, 1, 30, TEACHER_VOCAB])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_gradients_are_those_of_finite_differences(size: int, temperature: float) -> None:
+    """Whichever columns are compared: all of either side, none, with a bucket and without."""
+    student, teacher, positions, targets, weights, at = case(9)
+    comparison = Comparison(teacher, at, shared(9, size), temperature)
+
+    def loss(hidden: torch.Tensor) -> torch.Tensor:
+        return cross_entropy_and_kl(
+            Projection(hidden, *student[1:]), positions, targets, weights, Coefficients(0.5, 2.0),
+            comparison=comparison, block_elements=MANY_BLOCKS,
+        ).loss  # fmt: skip
+
+    loss(student.hidden).backward()
+    way = torch.randn(student.hidden.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        slope = (loss(student.hidden + 0.01 * way) - loss(student.hidden - 0.01 * way)) / 0.02
+    assert torch.allclose((student.hidden.grad * way).sum(), slope, rtol=0.01, atol=0.01)
+
+
+def test_what_is_frozen_gets_no_gradient_and_changes_none() -> None:
+    losses, student, _ = run(8)
+    losses.loss.backward()
+    expected = student.hidden.grad
+    student, teacher, positions, targets, weights, at = case(8)
+    frozen = Projection(student.hidden, student.weight.detach(), student.bias.detach())
+    comparison = Comparison(teacher, at, shared(8))
+    cross_entropy_and_kl(
+        frozen, positions, targets, weights, Coefficients(1.0, 3.0), comparison=comparison
+    ).loss.backward()
+    assert torch.equal(student.hidden.grad, expected)
+    assert student.weight.grad is student.bias.grad is None
+    with torch.no_grad():
+        assert not cross_entropy_and_kl(student, positions, targets, weights).loss.requires_grad
+
+
+def test_under_autocast_products_are_of_its_type_and_sums_of_the_weights() -> None:
+    losses, student, _ = run(10)
+    losses.loss.backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        half, other, _ = run(10, block_elements=MANY_BLOCKS)
+    half.loss.backward()
+    assert torch.allclose(half.loss, losses.loss, rtol=0.02)
+    for ours, theirs in zip(other, student, strict=True):
+        assert ours.grad.dtype == torch.float32
+        assert F.cosine_similarity(ours.grad.flatten(), theirs.grad.flatten(), dim=0) > 0.999
 
 
 def test_same_tokenizer_gives_the_plain_kl_without_padded_columns() -> None:
@@ -125,6 +181,30 @@ def test_same_tokenizer_gives_the_plain_kl_without_padded_columns() -> None:
     )
 
 
+class Largest(TorchDispatchMode):
+    """The largest tensor, in elements, that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def largest_held(positions: int, block_elements: int) -> int:
+    student, teacher, *_ = case(3)
+    index = torch.arange(positions) % 45
+    with Largest() as largest:
+        cross_entropy_and_kl(
+            student, index, index % VOCAB, torch.ones(positions), Coefficients(1.0, 1.0),
+            comparison=Comparison(teacher, index, shared(3)), block_elements=block_elements,
+        ).loss.backward()  # fmt: skip
+    return largest.elements
+
+
 def test_peak_memory_does_not_grow_with_the_number_of_positions() -> None:
     def largest_saved(positions: int, block_elements: int) -> int:
         student, teacher, *_ = case(3)
@@ -137,26 +217,23 @@ def test_peak_memory_does_not_grow_with_the_number_of_positions() -> None:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             losses = cross_entropy_and_kl(
-                student,
-                index,
-                index % VOCAB,
-                torch.ones(positions),
-                comparison=Comparison(teacher, index, shared(3)),
-                block_elements=block_elements,
-            )
-        (losses.ce + losses.kl).backward()
+                student, index, index % VOCAB, torch.ones(positions), Coefficients(1.0, 1.0),
+                comparison=Comparison(teacher, index, shared(3)), block_elements=block_elements,
+            )  # fmt: skip
+        losses.loss.backward()
         return max(sizes)
 
     positions = 400
-    assert largest_saved(positions, 2**23) >= positions * VOCAB  # the measure does see whole logits
-    assert largest_saved(positions, 10 * VOCAB) <= positions * WIDTH
+    assert largest_saved(positions, 2**23) <= positions * WIDTH < positions * VOCAB
+    assert largest_held(positions, 10 * VOCAB) <= positions * WIDTH
+    assert largest_held(positions, 2**23) >= positions * VOCAB  # the measure does see whole logits
 
 
 def test_same_input_same_bits() -> None:
     results = []
     for _ in range(2):
         losses, student, _ = run(4, block_elements=MANY_BLOCKS)
-        (losses.ce + losses.kl).backward()
+        losses.loss.backward()
         results.append((losses.ce, losses.kl, student.hidden.grad, student.weight.grad))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -171,11 +248,13 @@ def test_same_input_same_bits() -> None:
 def test_kl_is_never_negative_nor_nan(seed: int, size: int, scale: float, temperature: float) -> None:
     student, teacher, positions, targets, weights, at = case(seed, scale)
     comparison = Comparison(teacher, at, shared(seed, size), temperature)
-    losses = cross_entropy_and_kl(student, positions, targets, weights, comparison=comparison)
+    losses = cross_entropy_and_kl(
+        student, positions, targets, weights, Coefficients(1.0, 1.0), comparison=comparison
+    )
     assert losses.kl >= -1e-5
     if size == 0:
         assert losses.kl.abs() < 1e-5  # one bucket holds everything on both sides
-    (losses.ce + losses.kl).backward()
+    losses.loss.backward()
     assert all(tensor.grad.isfinite().all() for tensor in student)
 
 
@@ -192,8 +271,10 @@ def test_kl_of_a_model_with_itself_under_another_numbering_is_zero(size: int, sc
     )
     ids = torch.arange(VOCAB)[:size]
     comparison = Comparison(teacher, positions, SharedVocabulary(ids, renumbered[ids]))
-    losses = cross_entropy_and_kl(student, positions, targets, weights, comparison=comparison)
-    losses.kl.backward()
+    losses = cross_entropy_and_kl(
+        student, positions, targets, weights, Coefficients(0.0, 1.0), comparison=comparison
+    )
+    losses.loss.backward()
     assert losses.kl.abs() < 1e-5
     assert student.weight.grad.abs().max() < 1e-5
 
@@ -225,7 +306,7 @@ def test_nothing_counted_is_zero_and_keeps_its_gradient(compare: bool) -> None:
     comparison = Comparison(teacher, none, shared(6)) if compare else None
     losses = cross_entropy_and_kl(student, none, none, torch.empty(0), comparison=comparison)
     assert losses.ce == losses.kl == losses.accuracy == 0
-    losses.ce.backward()
+    losses.loss.backward()
     assert student.hidden.grad.abs().sum() == 0
 
 
@@ -288,7 +369,8 @@ def test_all_losses_of_a_batch() -> None:
     student_ids = torch.randint(VOCAB, (2, 6), generator=g)
     teacher_ids = torch.randint(TEACHER_VOCAB, (2, 6), generator=g)
     options = {"teacher": teacher, "teacher_ids": teacher_ids, "vocabulary": shared(0)}
-    losses = distillation_losses(batch, student, student_ids, **options)
+    coefficients = Coefficients(1.0, 2.0, 3.0)
+    losses = distillation_losses(batch, student, student_ids, coefficients, **options)
 
     log_p = (student.hidden @ student.weight.T).log_softmax(-1)
     log_q = (teacher.hidden @ teacher.weight.T).log_softmax(-1)
@@ -300,10 +382,15 @@ def test_all_losses_of_a_batch() -> None:
     p, q = t.exp(), s.exp()
     chunk = (p * (t - s) + (1 - p) * (torch.log1p(-p) - torch.log1p(-q))).mean()
     assert torch.allclose(losses.chunk.double(), chunk, atol=1e-5)
-    (losses.ce + losses.kl + losses.chunk).backward()
-    assert student.hidden.grad.isfinite().all()
+    assert torch.allclose(losses.loss, losses.ce + 2 * losses.kl + 3 * losses.chunk)
+    losses.loss.backward()
+    without = Coefficients(1.0, 2.0)
+    again = student._replace(hidden=student.hidden.detach().requires_grad_())
+    distillation_losses(batch, again, student_ids, without, **options).loss.backward()
+    (of_chunks,) = torch.autograd.grad(3 * chunk, student.hidden)
+    assert torch.allclose(student.hidden.grad, again.hidden.grad + of_chunks, atol=1e-5)
 
-    alone = distillation_losses(batch, student, student_ids)
+    alone = distillation_losses(batch, student, student_ids, Coefficients())
     assert torch.equal(alone.ce, losses.ce)
     assert alone.kl == alone.chunk == 0
 

@@ -275,7 +275,7 @@ class _Student(torch.nn.Module):
         loss = cross_entropy_and_kl(
             Projection(hidden, self.head[0].weight), positions, ids[:, 1:].flatten(), weights
         )
-        return {"loss": loss.ce, "tokens": ids.numel()}
+        return {"loss": loss.loss, "tokens": ids.numel()}
 
 
 def _measure(kind: str, method: str, work: str, answer: Any) -> None:

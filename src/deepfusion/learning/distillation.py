@@ -28,7 +28,7 @@ from deepfusion.learning.align import (
     shared_vocabulary,
 )
 from deepfusion.learning.corpus import Window
-from deepfusion.learning.losses import Projection, TokenLosses, distillation_losses, load_balance
+from deepfusion.learning.losses import Coefficients, Projection, distillation_losses, load_balance
 from deepfusion.learning.vaa import ViewAlignedAttention, block_ends, span_pooling
 from deepfusion.models.loading import context_limit, load_model, load_tokenizer
 from deepfusion.schema import VAASection
@@ -201,12 +201,10 @@ class Distiller(nn.Module):
         counted = torch.stack([group.aligned.weights.sum() for group in groups])
         for group, share in zip(groups, (counted / counted.sum().clamp_min(1e-9)).tolist(), strict=True):
             found = self.group_losses(group, states, input_ids, head)
+            loss = loss + share * found.pop("loss")
             for key, value in found.items():
-                totals[key] = totals.get(key, value.new_zeros(())) + share * value
-            loss = loss + share * self._weighed(found, group)
+                totals[key] = totals.get(key, value.new_zeros(())) + share * value.detach()
         w = self.weights
-        if "feature" in totals:
-            loss = loss + w.alpha * totals["feature"]
         if self.moe and w.balance:
             config = self.student.config
             totals["balance"] = load_balance(
@@ -227,16 +225,17 @@ class Distiller(nn.Module):
             self.weights.beta or self.weights.chunk or self.weights.alpha
         )
 
-    def _weighed(self, found: dict[str, Tensor], group: Group) -> Tensor:
+    def coefficients(self, group: Group) -> Coefficients:
+        """The weights of the parts of the loss on the texts of a group."""
         w = self.weights
         hard = w.sampled_ce if group.sampled and group.teacher is not None else 1.0
-        return w.ce * hard * found["ce"] + w.beta * found["kl"] + w.chunk * found["chunk"]
+        return Coefficients(w.ce * hard, w.beta, w.chunk)
 
     def group_losses(
         self, group: Group, states: list[Tensor], input_ids: Tensor, head: Any
     ) -> dict[str, Tensor]:
-        """Scalars of one group, `ce`, `kl`, `chunk`, `accuracy`; another method of distillation overrides it and may
-        add others.
+        """Scalars of one group: `loss`, which is minimised, and for the log its parts `ce`, `kl`, `chunk`, `feature`
+        and the token `accuracy`; another method of distillation overrides it and may add others.
 
         Args:
             states: hidden states of the whole batch, [B, T, D], of every layer where `vaa` holds modules, else the
@@ -248,7 +247,7 @@ class Distiller(nn.Module):
         rows, aligned = group.rows.to(device), group.aligned.to(device)
         student = Projection(states[-1][rows], head.weight, getattr(head, "bias", None))
         if not self._taught(group):
-            return _named(distillation_losses(aligned, student, input_ids[rows]))
+            return distillation_losses(aligned, student, input_ids[rows], self.coefficients(group))._asdict()
         assert group.teacher is not None
         teacher = self.teachers[group.teacher]
         assert group.teacher_ids is not None
@@ -257,17 +256,16 @@ class Distiller(nn.Module):
         with torch.no_grad():
             teacher_states = _decode(teacher.model, ids, group.teacher_mask.to(device), bool(self.vaa))
         output = teacher.model.get_output_embeddings()
-        losses = _named(
-            distillation_losses(
-                aligned,
-                student,
-                input_ids[rows],
-                teacher=Projection(teacher_states[-1], output.weight, getattr(output, "bias", None)),
-                teacher_ids=ids,
-                vocabulary=teacher.vocabulary,
-                temperature=self.weights.temperature,
-            )
-        )
+        losses = distillation_losses(
+            aligned,
+            student,
+            input_ids[rows],
+            self.coefficients(group),
+            teacher=Projection(teacher_states[-1], output.weight, getattr(output, "bias", None)),
+            teacher_ids=ids,
+            vocabulary=teacher.vocabulary,
+            temperature=self.weights.temperature,
+        )._asdict()
         if self.vaa:
             assert group.student_pool is not None
             assert group.teacher_pool is not None
@@ -277,6 +275,7 @@ class Distiller(nn.Module):
                 [teacher_states[end] for end in block_ends(len(teacher_states) - 1, self.blocks)],
                 group.teacher_pool.to(device),
             )
+            losses["loss"] = losses["loss"] + self.weights.alpha * losses["feature"]
         return losses
 
 
@@ -292,10 +291,6 @@ def _decode(model: PreTrainedModel, input_ids: Tensor, mask: Tensor, every_layer
     return (
         [*output.hidden_states[:-1], output.last_hidden_state] if every_layer else [output.last_hidden_state]
     )
-
-
-def _named(losses: TokenLosses) -> dict[str, Tensor]:
-    return losses._asdict()
 
 
 def _alignment(teacher: Teacher, document: Document, own: Encoded, theirs: Encoded) -> Alignment:

@@ -1,26 +1,26 @@
 """The losses of distillation and tuning: cross-entropy, KL, chunk likelihood, load balance.
 
 The output layer is applied here, to blocks of positions, because logits are what fills memory: at a vocabulary of 152k,
-one fp32 copy for 8 x 1024 positions is 5 GB. A block's logits are dropped and computed again in the backward pass, so
-peak memory depends on the block size, not on the number of positions. `L_FM` is in `deepfusion.vaa`.
+one fp32 copy for 8 x 1024 positions is 5 GB. The gradients of a block are taken at once, in the forward pass, and its
+logits dropped: so the output layer is computed only once, and peak memory depends on the block size, not on the number
+of positions (the idea of fused linear cross-entropy, Hsu et al. 2024, arXiv 2410.10989). For that the weights of all
+parts of the loss have to be known beforehand: only `loss` carries gradients. `L_FM` is in `deepfusion.learning.vaa`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from deepfusion.learning.align import AlignedBatch, SharedVocabulary
 
 Scores = Literal["softmax", "sigmoid"]
-BLOCK_ELEMENTS = 2**23
-"""Logits held at once, per copy: 32 MiB in fp32."""
+BLOCK_ELEMENTS = 2**22
+"""Logits held at once, per copy: 16 MiB in fp32."""
 
 
 class Projection(NamedTuple):
@@ -40,8 +40,11 @@ class Projection(NamedTuple):
 
 
 class PositionLosses(NamedTuple):
-    """Scalars averaged with the positions' weights, and the log-probability of every target, float32 [N]."""
+    """Scalars: `loss`, which alone has a gradient, and its parts, averaged with the positions' weights; and the
+    log-probability of every target, float32 [N].
+    """
 
+    loss: Tensor
     ce: Tensor
     kl: Tensor
     accuracy: Tensor
@@ -49,18 +52,30 @@ class PositionLosses(NamedTuple):
 
 
 class TokenLosses(NamedTuple):
-    """Scalar float32 tensors: `L_CE`, `L_KL` [DF eq. 10], chunk likelihood, token accuracy (no gradient)."""
+    """Scalar float32 tensors: `loss`, which alone has a gradient, and its parts `L_CE`, `L_KL` [DF eq. 10], chunk
+    likelihood, and the token accuracy.
+    """
 
+    loss: Tensor
     ce: Tensor
     kl: Tensor
     chunk: Tensor
     accuracy: Tensor
 
 
+class Coefficients(NamedTuple):
+    """What `loss` is made of: `ce L_CE + kl L_KL + chunk` times the chunk likelihood."""
+
+    ce: float = 1.0
+    kl: float = 0.0
+    chunk: float = 0.0
+
+
 def distillation_losses(
     batch: AlignedBatch,
     student: Projection,
     student_ids: Tensor,
+    coefficients: Coefficients,
     *,
     teacher: Projection | None = None,
     teacher_ids: Tensor | None = None,
@@ -73,29 +88,42 @@ def distillation_losses(
         batch: which positions count and how the two sides correspond.
         student: hidden [B, Ts, Ds].
         student_ids: int64 [B, Ts].
+        coefficients: the weights of the parts.
         teacher: hidden [B, Tt, Dt]; no gradient flows into it. The next two are required with it.
         teacher_ids: int64 [B, Tt].
         vocabulary: what the two vocabularies share.
         temperature: softens both distributions of `kl` and both probabilities of `chunk`.
     """
-    targets = student_ids.flatten()[batch.student_index + 1]
+    positions, weights = batch.student_index, batch.weights
+    targets = student_ids.flatten()[positions + 1]
     if teacher is None:
-        ce, kl, accuracy, _ = cross_entropy_and_kl(student, batch.student_index, targets, batch.weights)
-        return TokenLosses(ce, kl, torch.zeros_like(kl), accuracy)
+        found = cross_entropy_and_kl(student, positions, targets, weights, coefficients)
+        return TokenLosses(found.loss, found.ce, found.kl, torch.zeros_like(found.kl), found.accuracy)
     assert teacher_ids is not None
     assert vocabulary is not None
-    comparison = Comparison(teacher, batch.teacher_index, vocabulary, temperature)
-    ce, kl, accuracy, log_probs = cross_entropy_and_kl(
-        student, batch.student_index, targets, batch.weights, comparison=comparison
-    )
-    if not len(batch.chunk_weights):
-        return TokenLosses(ce, kl, torch.zeros_like(kl), accuracy)
-    with torch.no_grad():
+    chunk, pull = torch.zeros((), device=positions.device), None
+    if len(batch.chunk_weights):
         at = batch.chunk_teacher_index
-        teacher_log_probs = cross_entropy_and_kl(
-            teacher, at, teacher_ids.flatten()[at + 1], torch.ones_like(at, dtype=torch.float32)
-        ).log_probs
-    return TokenLosses(ce, kl, chunk_likelihood(batch, log_probs, teacher_log_probs, temperature), accuracy)
+        theirs = _log_probs(teacher, at, teacher_ids.flatten()[at + 1])
+        inside = (batch.student_chunk >= 0).nonzero().squeeze(-1)
+        ours = _log_probs(student, positions[inside], targets[inside])
+        ours = torch.zeros_like(weights).index_copy_(0, inside, ours)
+        with torch.enable_grad():
+            chunk = chunk_likelihood(batch, ours.requires_grad_(), theirs, temperature)
+            (pull,) = torch.autograd.grad(coefficients.chunk * chunk, ours)
+        chunk = chunk.detach()
+    comparison = Comparison(teacher, batch.teacher_index, vocabulary, temperature)
+    found = cross_entropy_and_kl(
+        student, positions, targets, weights, coefficients, comparison=comparison, pull=pull
+    )
+    loss = found.loss + coefficients.chunk * chunk
+    return TokenLosses(loss, found.ce, found.kl, chunk, found.accuracy)
+
+
+def _log_probs(model: Projection, positions: Tensor, targets: Tensor) -> Tensor:
+    """float32 [N], without a gradient."""
+    with torch.no_grad():
+        return cross_entropy_and_kl(model, positions, targets, torch.ones_like(targets).float()).log_probs
 
 
 class Comparison(NamedTuple):
@@ -119,8 +147,10 @@ def cross_entropy_and_kl(
     positions: Tensor,
     targets: Tensor,
     weights: Tensor,
+    coefficients: Coefficients = Coefficients(),  # noqa: B008 (a tuple cannot be changed)
     *,
     comparison: Comparison | None = None,
+    pull: Tensor | None = None,
     block_elements: int = BLOCK_ELEMENTS,
 ) -> PositionLosses:
     """Next-token cross-entropy, and `KL(P_teacher || P_student)` times temperature squared [DF eq. 10], in one pass.
@@ -133,60 +163,153 @@ def cross_entropy_and_kl(
         positions: int64 [N], flat positions in `student.hidden`.
         targets: int64 [N], the ids that these positions should predict.
         weights: float32 [N], >= 0.
+        coefficients: `loss` is `ce L_CE + kl L_KL` with the first two of them.
         comparison: the teacher's side; None for cross-entropy alone, `kl` is then 0.
+        pull: float32 [N], the derivative by `log_probs` of a loss that the caller adds: its gradient is added here.
         block_elements: logits in a block.
     """
-    widths = [len(student.weight)] + ([len(comparison.teacher.weight)] if comparison else [])
-    size = max(block_elements // max(widths), 1)
-    hidden = student.hidden.flatten(0, -2).index_select(0, positions)
-    rows = [tensor.split(size) for tensor in (hidden, targets, weights)]
-    if comparison is None:
-        block: Callable = partial(_block, student)
-    else:
-        columns = comparable_columns(comparison.vocabulary, *widths)
-        block = partial(_block, student, comparison=comparison, columns=columns)
-        rows.append(comparison.positions.split(size))
-
-    blocks = list(zip(*rows, strict=True))
-    if len(blocks) > 1 and torch.is_grad_enabled():
-        # A single block is within the memory limit as it is: nothing to gain from computing it twice.
-        block = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
-    parts, correct, kl = zip(*(block(*tensors) for tensors in blocks), strict=True)
-    log_probs = torch.cat(parts)
     compared = weights if comparison is None else weights * (comparison.positions >= 0)
+    block = _Block(
+        coefficients.ce / _total(weights), coefficients.kl / _total(compared), comparison, len(student.weight)
+    )
+    if not torch.is_grad_enabled():
+        bias = None if student.bias is None else student.bias.detach()
+        student = Projection(student.hidden.detach(), student.weight.detach(), bias)
+    rows = [targets, weights, torch.zeros_like(weights) if pull is None else pull]
+    if comparison is not None:
+        rows.append(comparison.positions)
+    hidden = student.hidden.flatten(0, -2).index_select(0, positions)
+    loss, log_probs, correct, kl = _Blockwise.apply(
+        hidden, student.weight, student.bias, block, rows, max(block_elements // block.width, 1)
+    )
     return PositionLosses(
-        ce=-_ratio((log_probs * weights).sum(), weights),
-        kl=_ratio(torch.stack(kl).sum(), compared),
-        accuracy=_ratio(torch.stack(correct).sum(), weights),
+        loss=loss,
+        ce=-(log_probs * weights).sum() / _total(weights),
+        kl=(kl * weights).sum() / _total(compared),
+        accuracy=(correct * weights).sum() / _total(weights),
         log_probs=log_probs,
     )
 
 
-def _block(
-    student: Projection,
-    hidden: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    teacher_positions: Tensor | None = None,
-    *,
-    comparison: Comparison | None = None,
-    columns: tuple[Columns, Columns] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of each target [n], and the weighted sums of correct predictions and of KL."""
-    log_p = F.linear(hidden, student.weight, student.bias).float().log_softmax(-1)
-    log_probs = log_p.gather(-1, targets[:, None]).squeeze(-1)
-    correct = ((log_p.detach().argmax(-1) == targets) * weights).sum()
-    if comparison is None or columns is None or teacher_positions is None:
-        return log_probs, correct, correct.new_zeros(())
-    both = (teacher_positions >= 0).nonzero().squeeze(-1)
-    if len(both) < len(targets):
-        log_p, weights, teacher_positions = log_p[both], weights[both], teacher_positions[both]
-    with torch.no_grad():
-        log_q = columns[1].log_probs(comparison.teacher.logits(teacher_positions) / comparison.temperature)
-    if comparison.temperature != 1:
-        log_p = (log_p / comparison.temperature).log_softmax(-1)
-    kl = F.kl_div(columns[0].pick(log_p), log_q, reduction="none", log_target=True).sum(-1)
-    return log_probs, correct, (kl * weights).sum() * comparison.temperature**2
+class _Block:
+    """The loss of a block of positions and its gradient by their logits.
+
+    Args:
+        ce, kl: float32 scalars, by which a position's weight is multiplied.
+        size: of the student's vocabulary.
+    """
+
+    def __init__(self, ce: Tensor, kl: Tensor, comparison: Comparison | None, size: int) -> None:
+        self.ce, self.kl, self.comparison = ce, kl, comparison
+        self.width = size
+        if comparison is not None:
+            theirs = len(comparison.teacher.weight)
+            self.width = max(size, theirs)
+            self.columns, self.their_columns = comparable_columns(comparison.vocabulary, size, theirs)
+
+    def __call__(
+        self, differentiate: bool, logits: Tensor, targets: Tensor, weights: Tensor, pull: Tensor,
+        teacher_positions: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor | None]:  # fmt: skip
+        """The loss, a scalar without what `pull` belongs to; log-probability of each target, whether it would have been
+        chosen, and KL, each float32 [n]; and the gradient, float32 [n, V], where it is wanted.
+        """
+        log_p = logits.float().log_softmax(-1)
+        log_probs = log_p.gather(-1, targets[:, None]).squeeze(-1)
+        correct = (log_p.argmax(-1) == targets).float()
+        weights_ce, kl = self.ce * weights, torch.zeros_like(weights)
+        loss, on_target = -(weights_ce * log_probs).sum(), weights_ce - pull
+        found = log_probs, correct, kl
+        if self.comparison is None or teacher_positions is None:
+            return loss, found, _gradient(log_p, on_target, targets, on_target) if differentiate else None
+        temperature = self.comparison.temperature
+        both = (teacher_positions >= 0).nonzero().squeeze(-1)
+        every = len(both) == len(targets)
+        ours = log_p if every else log_p[both]
+        asked = self.comparison.teacher.logits(teacher_positions[both])
+        if temperature != 1:
+            ours, asked = (ours / temperature).log_softmax(-1), asked / temperature
+        picked, log_q = self.columns.pick(ours), self.their_columns.log_probs(asked)
+        del asked
+        q = log_q.exp()
+        divergence = torch.linalg.vecdot(q, log_q.sub_(picked)) * temperature**2
+        kl.index_copy_(0, both, divergence)
+        weights_kl = (self.kl * weights)[both]
+        loss = loss + (weights_kl * divergence).sum()
+        if not differentiate:
+            return loss, found, None
+        # The derivative of KL by the logits: what the student gives to each token, less what the teacher does.
+        theirs = self.columns.spread(q, picked, ours).mul_((temperature * weights_kl)[:, None])
+        if temperature == 1:
+            gradient = _gradient(log_p, on_target.index_add(0, both, weights_kl), targets, on_target)
+        else:
+            gradient = _gradient(log_p, on_target, targets, on_target)
+            gradient.index_add_(0, both, ours.exp_().mul_((temperature * weights_kl)[:, None]))
+        compared = gradient[:, : theirs.shape[-1]]
+        if every:
+            compared.sub_(theirs)
+        else:
+            compared.index_add_(0, both, theirs, alpha=-1)
+        return loss, found, gradient
+
+
+def _gradient(log_p: Tensor, on_all: Tensor, targets: Tensor, on_target: Tensor) -> Tensor:
+    """`on_all` times the probabilities, less `on_target` at the targets, in the memory of `log_p` [n, V]."""
+    return log_p.exp_().mul_(on_all[:, None]).scatter_add_(-1, targets[:, None], -on_target[:, None])
+
+
+class _Blockwise(torch.autograd.Function):
+    """Losses of positions, a block at a time: `block` on the logits `hidden @ weight.T + bias` of each.
+
+    The matrix products have the type of autocast where it is on. Gradients of the output layer are summed over blocks
+    in its own type.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, block: _Block, rows: list[Tensor], size: int
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        kind = hidden.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        matrix, shift = (
+            weight.to(autocast or weight.dtype),
+            None if bias is None else bias.to(autocast or bias.dtype),
+        )
+        gradients = [
+            torch.zeros_like(tensor) if tensor is not None and wanted else None
+            for tensor, wanted in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
+        ]
+        loss, parts = torch.zeros((), device=hidden.device), []
+        with torch.autocast(kind, enabled=False):
+            for start in range(0, len(hidden), size):
+                own = hidden[start : start + size].to(matrix.dtype)
+                logits = F.linear(own, matrix, shift)
+                part, found, gradient = block(
+                    any(ctx.needs_input_grad), logits, *(row[start : start + size] for row in rows)
+                )
+                loss += part
+                parts.append(found)
+                if gradient is None:
+                    continue
+                gradient = gradient.to(matrix.dtype)
+                if gradients[0] is not None:
+                    gradients[0][start : start + size] = gradient @ matrix
+                if gradients[1] is not None and gradients[1].dtype == own.dtype:
+                    gradients[1].addmm_(gradient.T, own)
+                elif gradients[1] is not None:
+                    gradients[1] += gradient.T @ own
+                if gradients[2] is not None:
+                    gradients[2] += gradient.sum(0)
+        empty = torch.zeros(0, device=hidden.device)
+        rest = [torch.cat([empty, *part]) for part in zip(*parts, strict=True)] if parts else [empty] * 3
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(*rest)
+        return loss, *rest
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [None if saved is None else saved.mul_(upstream[0]) for saved in ctx.saved_tensors]
+        return *gradients, None, None, None
 
 
 class Columns(NamedTuple):
@@ -211,6 +334,18 @@ class Columns(NamedTuple):
     def log_probs(self, logits: Tensor) -> Tensor:
         """The distribution over `pick`'s columns: they sum to 1."""
         return self.pick(logits).log_softmax(-1)
+
+    def spread(self, q: Tensor, picked: Tensor, log_p: Tensor) -> Tensor:
+        """A distribution over `pick`'s columns as one over all, [n, V], or over the first ones that are picked: of the
+        bucket each column gets its share in `log_p`, of which `picked` was made.
+        """
+        if isinstance(self.shared, slice):
+            return q
+        spread = torch.zeros_like(log_p).index_copy_(-1, self.shared, q[:, : len(self.shared)])
+        if self.others is None:
+            return spread
+        inside = (log_p.index_select(-1, self.others) - picked[:, -1:]).exp_().mul_(q[:, -1:])
+        return spread.index_copy_(-1, self.others, inside)
 
 
 def comparable_columns(
@@ -238,9 +373,9 @@ def _complement(ids: Tensor, size: int) -> Tensor:
     )
 
 
-def _ratio(total: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean from a weighted sum; 0, with its gradient, where nothing counts."""
-    return total / weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
+def _total(weights: Tensor) -> Tensor:
+    """Divides a weighted sum into a weighted mean, which is 0 where nothing counts."""
+    return weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def chunk_likelihood(
@@ -266,7 +401,7 @@ def chunk_likelihood(
     student, teacher = student.clamp_max(-1e-6), teacher.clamp_max(-1e-6)
     student_not, teacher_not = _log1mexp(student), _log1mexp(teacher)
     divergence = teacher.exp() * (teacher - student) + teacher_not.exp() * (teacher_not - student_not)
-    return _ratio((divergence * batch.chunk_weights).sum(), batch.chunk_weights)
+    return (divergence * batch.chunk_weights).sum() / _total(batch.chunk_weights)
 
 
 def _log1mexp(x: Tensor) -> Tensor:

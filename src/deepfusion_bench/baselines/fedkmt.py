@@ -34,7 +34,7 @@ from deepfusion.learning.align import AlignedBatch, SharedVocabulary
 from deepfusion.learning.distillation import Distiller, Group, LossWeights, Teacher
 from deepfusion.models.loading import load_tokenizer
 from deepfusion.schema import Config, Section, VAASection
-from deepfusion_bench.baselines.shared import distill_with, in_blocks, teacher_output, weighted_mean
+from deepfusion_bench.baselines.shared import distill_with, in_blocks, teacher_output, weighed, weighted_mean
 
 CANDIDATES = 256
 """Tokens of the student's vocabulary whose edit distance to a token of the teacher's is computed."""
@@ -302,13 +302,14 @@ class FedKMT(Distiller):
         log_probs, correct, transfer = in_blocks(block, len(head.weight), hidden, targets, partner)
         better = _better_teacher(aligned, log_probs.detach(), teacher_log_probs, ids.shape)
         chosen = better[aligned.student_index // ids.shape[1]].float()
-        return {
+        found = {
             "ce": weighted_mean(-log_probs, aligned.weights),
             "kl": weighted_mean(transfer * chosen, aligned.weights),
             "chunk": transfer.new_zeros(()),
             "accuracy": weighted_mean(correct, aligned.weights),
             "taught": weighted_mean(chosen, aligned.weights),
         }
+        return {"loss": weighed(found, self.coefficients(group)), **found}
 
     @torch.no_grad()
     def _ask(self, group: Group) -> tuple[Tensor, Tensor, Tensor]:

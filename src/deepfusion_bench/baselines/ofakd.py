@@ -27,7 +27,7 @@ from deepfusion.learning.distillation import Distiller, Group, LossWeights, Teac
 from deepfusion.learning.losses import comparable_columns
 from deepfusion.learning.vaa import block_ends
 from deepfusion.schema import Config, Section, VAASection
-from deepfusion_bench.baselines.shared import distill_with, in_blocks, teacher_output, weighted_mean
+from deepfusion_bench.baselines.shared import distill_with, in_blocks, teacher_output, weighed, weighted_mean
 
 
 class OFAKDSettings(Section):
@@ -179,10 +179,11 @@ class OFAKD(Distiller):
         )
         compared = aligned.weights * (aligned.teacher_index >= 0)
         at_exits = weighted_mean(at_exits, compared)
-        return {
+        found = {
             "ce": weighted_mean(-log_probs, aligned.weights),
             "kl": weighted_mean(at_end, compared) + self.settings.exit_weight * at_exits,
             "chunk": at_exits.new_zeros(()),
             "exits": at_exits,
             "accuracy": weighted_mean(right, aligned.weights),
         }
+        return {"loss": weighed(found, self.coefficients(group)), **found}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deepfusion.learning.distillation import Group, Teacher
-from deepfusion.learning.losses import BLOCK_ELEMENTS, Projection
+from deepfusion.learning.losses import BLOCK_ELEMENTS, Coefficients, Projection
 from deepfusion.schema import Config
 from deepfusion.stages import distill
 
@@ -52,6 +52,11 @@ def teacher_output(teacher: Teacher, group: Group, device: torch.device) -> tupl
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     """`sum(values * weights) / sum(weights)`, a scalar; 0, with its gradient, where nothing counts."""
     return (values * weights).sum() / weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def weighed(found: dict[str, Tensor], coefficients: Coefficients) -> Tensor:
+    """The loss of which `found` holds the parts."""
+    return sum(weight * found[part] for part, weight in coefficients._asdict().items())
 
 
 def distill_with(
