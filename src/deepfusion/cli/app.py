@@ -11,6 +11,7 @@ from deepfusion import __version__
 from deepfusion.cli.config import config_app
 from deepfusion.cli.device import device_app
 from deepfusion.cli.model import model_app
+from deepfusion.cli.models import models_app
 from deepfusion.cli.run import run_app
 from deepfusion.cli.server import server_app
 
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.add_typer(run_app)
 app.add_typer(model_app)
+app.add_typer(models_app, name="models")
 app.add_typer(device_app, name="device")
 app.add_typer(server_app, name="server")
 app.add_typer(config_app, name="config")

@@ -19,7 +19,7 @@ from deepfusion.errors import InputError
 from deepfusion.learning.losses import BLOCK_ELEMENTS
 from deepfusion.models.architecture import _meta_model, architecture
 from deepfusion.models.loading import resolve_precision
-from deepfusion.models.presets import METHODS, PRESETS, is_cached, is_hub_name, model_config
+from deepfusion.models.presets import METHODS, PRESETS, SMALL, hub_name, is_cached, model_config
 
 # Memory of a training on a device.
 
@@ -149,10 +149,11 @@ def plan_training(
 def _lack(type: str, method: str) -> str:
     """What is missing on this machine before a type can be trained by a method; empty where nothing is."""
     lacks = []
-    preset = PRESETS.get(type)
-    hub = preset.hub if preset is not None else type if is_hub_name(type) else None
+    hub = hub_name(type)
     if hub is not None and not is_cached(hub):
         lacks.append(f"download of {hub}")
+    if type in SMALL and not PRESETS[type].can_make():
+        lacks.append(f"deepfusion models make {type}")
     if method == "qlora" and find_spec("bitsandbytes") is None:
         lacks.append("pip install deepfusion[qlora]")
     return ", ".join(lacks)

@@ -7,10 +7,8 @@ as a deeper one.
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +17,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from deepfusion.digests import checkpoint_digest
 from deepfusion.folders import whole_folder
+from deepfusion.models import cache
 from deepfusion.models.checkpoints import copy_tokenizer
 
 _BLOCK = re.compile(r"(.*\.h\.)(\d+)(\..*)")
@@ -49,15 +48,5 @@ def deepen(source: Path, target: Path) -> Path:
 
 
 def cached(source: Path, name: str) -> Path:
-    """The deepened checkpoint of this very source in the user's cache, made once; several processes may ask at the
-    same time.
-    """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "deepfusion"
-    folder = cache / f"{name}-{checkpoint_digest(source)[:16]}"
-    if not (folder / "config.json").is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as own:
-            made = deepen(source, Path(own) / name)
-            with suppress(OSError):  # another process was faster, with the same bytes
-                os.rename(made, folder)
-    return folder
+    """The deepened checkpoint of this very source in the user's cache, made once."""
+    return cache.made_once(f"{name}-{checkpoint_digest(source)[:16]}", partial(deepen, source))

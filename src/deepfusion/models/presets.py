@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from transformers import AutoConfig, PretrainedConfig
 from deepfusion.digests import checkpoint_digest, folder_digest, hub_revision, sha256_file
 from deepfusion.errors import InputError
 from deepfusion.folders import local_path
-from deepfusion.models import deepen, formats
-from deepfusion.models.architecture import Architecture, architecture, read_config
+from deepfusion.models import cache, deepen, formats, smollm2
+from deepfusion.models.architecture import Architecture, architecture, parameter_total, read_config
 from deepfusion.tiny import FOLDER as TINY
 
 METHODS = ("full", "lora", "qlora")  # from the most to the least memory for one type
@@ -32,21 +32,59 @@ LORA_TARGETS = "all-linear"  # PEFT: every linear layer but the output layer
 
 @dataclass(frozen=True)
 class Preset:
-    """A named on-device model: its hub name, and its dimensions so that memory can be planned without a network.
+    """A named public checkpoint.
 
-    Without a hub name it comes with the package, as files or (`deepened`) made of those of another.
+    Attributes:
+        hub: its name on the hub; None where it has none and comes with the package, or is made here.
+        model_type, dimensions: what is on the hub, so that memory can be planned without a network.
+        make: its folder where it is neither on the hub nor comes with the package, or for who has no network: made
+            once and kept in the user's cache.
+        can_make: whether `make` can do without a network what it does.
+        licence: of the weights.
     """
 
     hub: str | None = None
     model_type: str = ""
     dimensions: dict[str, Any] = field(default_factory=dict)
-    deepened: str | None = None
+    make: Callable[[], Path] | None = None
+    can_make: Callable[[], bool] = lambda: True
+    licence: str = "Apache-2.0"
+
+
+_SMOLLM2: dict[str, Any] = {
+    **{"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3},
+    **{"max_position_embeddings": 8192, "rope_theta": 100000.0},
+}
+SMALL: dict[str, tuple[str, dict[str, Any]]] = {
+    "small-llama": (
+        "llama", {**_SMOLLM2, "num_hidden_layers": 18, "vocab_size": 49152, "tie_word_embeddings": True}
+    ),
+    "small-olmo": (
+        "olmo", {**_SMOLLM2, "num_hidden_layers": 20, "vocab_size": 16384, "tie_word_embeddings": False,
+        "eos_token_id": 0, "pad_token_id": 1}
+    ),
+}  # fmt: skip
+"""Made of SmolLM2-135M by `deepfusion models make`: on-device models of real size, of other shapes and tokenizers."""
+
+
+def _made_small(name: str) -> Path:
+    if not _is_small_here(name):
+        fix = f"deepfusion models make {name}"
+        raise InputError(f"{name} is not made yet", where=cache.place(name), fix=fix, code="no-model")
+    return cache.place(name)
+
+
+def _is_small_here(name: str) -> bool:
+    return (cache.place(name) / "config.json").is_file()
 
 
 PRESETS: dict[str, Preset] = {
-    "gpt2": Preset("openai-community/gpt2", "gpt2"),
+    "gpt2": Preset("openai-community/gpt2", "gpt2", licence="MIT"),
     "gpt2-medium": Preset(
-        "openai-community/gpt2-medium", "gpt2", {"n_embd": 1024, "n_layer": 24, "n_head": 16}
+        "openai-community/gpt2-medium",
+        "gpt2",
+        {"n_embd": 1024, "n_layer": 24, "n_head": 16},
+        licence="MIT",
     ),
     "tinyllama": Preset(
         "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
@@ -64,9 +102,21 @@ PRESETS: dict[str, Preset] = {
         "bigscience/bloom-1b1",
         "bloom",
         {"hidden_size": 1536, "n_layer": 24, "n_head": 16, "vocab_size": 250880},
+        licence="BigScience RAIL 1.0",
     ),
+    "smollm2-135m": Preset(
+        smollm2.HUB,
+        "llama",
+        {**_SMOLLM2, "num_hidden_layers": 30, "vocab_size": 49152, "tie_word_embeddings": True},
+        smollm2.checkpoint,
+        smollm2.is_here,
+    ),
+    **{
+        name: Preset(None, *shape, partial(_made_small, name), partial(_is_small_here, name))
+        for name, shape in SMALL.items()
+    },
     **{file.parent.name: Preset() for file in sorted(TINY.glob("*/config.json"))},
-    "tiny-gpt2-medium": Preset(deepened="tiny-gpt2"),
+    "tiny-gpt2-medium": Preset(make=partial(deepen.cached, TINY / "tiny-gpt2", "tiny-gpt2-medium")),
 }
 
 
@@ -80,12 +130,10 @@ def resolve(type: str) -> str:
         InputError: no such folder or preset, or the hub cannot be reached.
     """
     preset = PRESETS.get(type)
-    if preset is not None and preset.deepened is not None:
-        folder = deepen.cached(TINY / preset.deepened, type)
-    elif preset is not None and preset.hub is None:
-        folder = TINY / type
-    elif preset is not None:
-        return _download(type, preset.hub or type)
+    if preset is not None and (hub := hub_name(type)) is not None:
+        return _download(type, hub)
+    if preset is not None:
+        folder = preset.make() if preset.make is not None else TINY / type
     else:
         folder = local_path(type)
         if is_hub_name(type):
@@ -153,9 +201,14 @@ def base_digest(type: str) -> str:
 
 
 def hub_name(type: str) -> str | None:
-    """What a model type is called on the hub; None for one that is a folder here or comes with the package."""
+    """What a model type is called on the hub; None for one that is a folder here, comes with the package or can be
+    made here and was not fetched before.
+    """
     preset = PRESETS.get(type)
-    return preset.hub if preset else type if is_hub_name(type) else None
+    if preset is None:
+        return type if is_hub_name(type) else None
+    made = preset.make is not None and preset.can_make() and not (preset.hub and is_cached(preset.hub))
+    return None if made else preset.hub
 
 
 def checkpoint_version(type: str, sha256: Callable[[Path], str] = sha256_file) -> str:
@@ -173,9 +226,34 @@ def checkpoint_version(type: str, sha256: Callable[[Path], str] = sha256_file) -
 def model_config(type: str) -> PretrainedConfig:
     """The architecture of a model type; presets need no network."""
     preset = PRESETS.get(type)
-    if preset is not None and preset.hub is not None:
+    if preset is not None and preset.model_type:
         return AutoConfig.for_model(preset.model_type, **preset.dimensions)
     return read_config(_download(type, type, weights=False) if is_hub_name(type) else resolve(type))
+
+
+def described(name: str) -> dict[str, Any]:
+    """A preset for people: `name`, `class`, `weights`, `layers`, `tokens`, `licence`, `source`, and whether it can be
+    had without a network, `here`.
+    """
+    preset, hub = PRESETS[name], hub_name(name)
+    config = model_config(name)
+    if hub is not None:
+        here = is_cached(hub)
+        source = f"the hub, {hub}" + (
+            "" if here else f"; or: {smollm2.INSTALL}" if hub == smollm2.HUB else ""
+        )
+    elif name in SMALL:
+        here = preset.can_make()
+        source = f"made here{'' if here else f': deepfusion models make {name}'}"
+    elif preset.hub is not None:
+        here, source = True, f"the package {smollm2.PACKAGE}, 4 bits a weight"
+    else:
+        here, source = True, "this package"
+    return {
+        "name": name, "class": architecture(config).name, "weights": parameter_total(config),
+        "layers": config.num_hidden_layers, "tokens": config.vocab_size, "licence": preset.licence,
+        "source": source, "here": here,
+    }  # fmt: skip
 
 
 def is_cached(hub: str) -> bool:
