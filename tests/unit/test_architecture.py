@@ -28,7 +28,7 @@ FLOOR = (
     *("jobs", "tiny"),
 )
 ROOMS = (
-    *("text", "inputs", "models", "uploads", "families", "learning", "report", "judge"),
+    *("text", "inputs", "models", "uploads", "families", "learning", "report", "judge", "small"),
     *("resume", "runfolder", "plan", "stages", "pipeline", "api", "federation", "cli", "bench"),
 )
 

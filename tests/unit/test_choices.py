@@ -43,11 +43,10 @@ def harness(folder: Path) -> dict[str, Any]:
 
 def check(model: PreTrainedModel, tokenizer: Any, expected: dict[str, Any]) -> None:
     asked = [question(row) for row in STORED["questions"]]
-    pairs = [encode_pair(tokenizer, one.prompt, option) for one in asked for option in one.options]
+    pairs = [[encode_pair(tokenizer, one.prompt, option) for option in one.options] for one in asked]
     found = log_likelihoods(model, pairs, 5, reading_limit(model, tokenizer))
-    assert found == pytest.approx(
-        [score for scores in expected["log_likelihoods"] for score in scores], abs=2e-3, rel=1e-5
-    )
+    for ours, theirs in zip(found, expected["log_likelihoods"], strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-3, rel=1e-5)
     measured = evaluate_model(model, tokenizer, asked, max_chars=4096)
     for key in ("acc", "acc_norm"):
         assert measured[key] == measured["by_domain"]["quiz"][key] == measured["mean_over_domains"][key]

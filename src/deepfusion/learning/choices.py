@@ -4,19 +4,15 @@ models.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from deepfusion.text.sources import Document
-
-# One [rows, tokens, vocabulary] block of logits holds at most so many numbers (1 GiB in fp32), whatever the batch size.
-LOGITS_PER_FORWARD = 2**28
+from deepfusion.learning.scoring import Row, score
+from deepfusion.text.rows import Document
 
 
 class Verdict(NamedTuple):
@@ -41,15 +37,11 @@ def judge_choices(
     Args:
         batch_size: options per forward pass; fewer where their logits would not fit.
     """
-    pairs = [
-        encode_pair(tokenizer, question.prompt, option)
-        for question in questions
-        for option in question.options
-    ]
-    found = iter(log_likelihoods(model, pairs, batch_size, reading_limit(model, tokenizer)))
+    pairs = [[encode_pair(tokenizer, q.prompt, option) for option in q.options] for q in questions]
+    found = log_likelihoods(model, pairs, batch_size, reading_limit(model, tokenizer))
     verdicts = []
-    for question in questions:
-        scores = np.array([next(found) for _ in question.options])
+    for question, likelihoods in zip(questions, found, strict=True):
+        scores = np.array(likelihoods)
         sizes = np.array([max(len(option.removeprefix(" ")), 1) for option in question.options], float)
         chosen, chosen_norm = int(scores.argmax()), int((scores / sizes).argmax())
         verdicts.append(Verdict(chosen == question.answer, chosen_norm == question.answer))
@@ -90,53 +82,22 @@ def reading_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def log_likelihoods(
-    model: PreTrainedModel, pairs: Sequence[tuple[list[int], list[int]]], batch_size: int, limit: int
-) -> list[float]:
-    """Natural log-likelihood of each continuation after its context, summed over its tokens.
+    model: PreTrainedModel,
+    questions: Sequence[Sequence[tuple[list[int], list[int]]]],
+    batch_size: int,
+    limit: int,
+) -> list[list[float]]:
+    """Natural log-likelihood of each continuation after its context, summed over its tokens, question by question.
 
     Args:
         limit: the most tokens that the model reads; what it reads last can still predict one more.
     """
-    found = [0.0] * len(pairs)
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    training = model.training
-    model.eval()
-    for batch in _batches(pairs, batch_size, limit, model.config.get_text_config().vocab_size):
-        # The last token is never read, only predicted. Padding on the right is seen by no token before it.
-        ends = [len(ids) - 1 for _, ids, _ in batch]
-        inputs, mask = (torch.zeros(len(batch), max(ends), dtype=torch.long) for _ in range(2))
-        for i, (_, ids, _) in enumerate(batch):
-            inputs[i, : ends[i]] = torch.tensor(ids[:-1])
-            mask[i, : ends[i]] = 1
-        first = min(end - count for end, (_, _, count) in zip(ends, batch, strict=True))
-        kept = {"logits_to_keep": max(ends) - first} if keeps else {}
-        with torch.inference_mode():
-            arguments = {"input_ids": inputs.to(model.device), "attention_mask": mask.to(model.device)}
-            logits = model(**arguments, use_cache=False, **kept).logits
-            skipped = max(ends) - logits.shape[1]
-            for i, (place, ids, count) in enumerate(batch):
-                predicted = logits[i, ends[i] - count - skipped : ends[i] - skipped].float().log_softmax(-1)
-                truth = torch.tensor(ids[len(ids) - count :], device=predicted.device)
-                found[place] = float(predicted.gather(1, truth[:, None]).double().sum())
-    model.train(training)
-    return found
+    groups = [[_row(*pair, limit) for pair in question] for question in questions]
+    score(model, groups, batch_size)
+    return [[-row.nats for row in group] for group in groups]
 
 
-def _batches(
-    pairs: Sequence[tuple[list[int], list[int]]], batch_size: int, limit: int, vocabulary: int
-) -> Iterator[list[tuple[int, list[int], int]]]:
-    """(place, token ids, number of them that count), of similar length together, the longest first."""
-    rows = []
-    for place, (context, continuation) in enumerate(pairs):
-        ids = [*context, *continuation][-(limit + 1) :]
-        rows.append((place, ids, min(len(continuation), len(ids) - 1)))
-    batch: list[tuple[int, list[int], int]] = []
-    for row in sorted((row for row in rows if row[2]), key=lambda row: len(row[1]), reverse=True):
-        if batch and (
-            len(batch) == batch_size or (len(batch) + 1) * len(batch[0][1]) * vocabulary > LOGITS_PER_FORWARD
-        ):
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+def _row(context: list[int], continuation: list[int], limit: int) -> Row:
+    ids = np.array([*context, *continuation][-(limit + 1) :], np.int64)
+    counted = np.arange(len(ids)) >= max(len(ids) - len(continuation), 1)
+    return Row(ids, counted)

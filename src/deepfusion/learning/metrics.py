@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepfusion.errors import InputError
 from deepfusion.families.base import router_logits_by_layer
-from deepfusion.learning.choices import LOGITS_PER_FORWARD, Verdict, judge_choices
-
-# Of these a plain mean over the domains is taken; of the last three over those that have questions with options.
+from deepfusion.learning.choices import Verdict, judge_choices
+from deepfusion.learning.scoring import Row, batches, padded, score
 from deepfusion.models.loading import context_limit
 from deepfusion.text.encoding import Encoded, encode
 from deepfusion.text.rows import Document
@@ -30,30 +26,15 @@ LEAST_CHARS = 16
 
 
 @dataclass(slots=True)
-class _Row:
-    """One sequence to score: `input_ids` int64 [T], `counted` bool [T] (targets that count), and what scoring found."""
-
-    input_ids: np.ndarray
-    counted: np.ndarray
-    size: int  # UTF-8 bytes of what counts
-    nats: float = 0.0
-    correct: int = 0
-
-    @property
-    def tokens(self) -> int:
-        return int(self.counted.sum())
-
-
-@dataclass(slots=True)
 class _Window:
     """One window of a document; where it has options there is one row for each, and `answer` is the true one."""
 
     domain: str
-    rows: list[_Row]
+    rows: list[Row]
     answer: int
 
     @property
-    def truth(self) -> _Row:
+    def truth(self) -> Row:
         return self.rows[self.answer]
 
     @property
@@ -98,7 +79,7 @@ def evaluate_model(
     scored: list[_Window] = []
     for document in documents:
         scored.extend(_windows(tokenizer, document, max_chars, context_limit(model), choices))
-    _score(model, [row for window in scored for row in window.rows], batch_size)
+    score(model, [window.rows for window in scored], batch_size)
     asked = [e for e in documents if choices and lm_eval and e.options and e.answer is not None]
     verdicts = judge_choices(model, tokenizer, asked, batch_size=batch_size)
     domains = [document.domain for document in documents]
@@ -143,7 +124,7 @@ def bits_per_byte_of_each(
         _check(documents, batch_size)
     limit = context_limit(model)
     rows = [[row for w in _windows(tokenizer, e, 1 << 30, limit, False) for row in w.rows] for e in documents]
-    _score(model, [row for own in rows for row in own], batch_size)
+    score(model, [[row] for own in rows for row in own], batch_size)
     return [sum(r.nats for r in own) / math.log(2) / max(sum(r.size for r in own), 1) for own in rows]
 
 
@@ -165,7 +146,7 @@ def expert_use(
         InputError: no examples, a number out of its bounds, or a model without routers.
     """
     _check(documents, batch_size, max_chars)
-    rows: dict[str, list[_Row]] = {}
+    rows: dict[str, list[Row]] = {}
     for document in documents:
         for window in _windows(tokenizer, document, max_chars, context_limit(model), choices=False):
             rows.setdefault(window.domain, []).extend(window.rows)
@@ -189,71 +170,20 @@ def _windows(
             yield _Window(window.domain, rows, answer)
 
 
-def _row(encoded: Encoded, size: int, limit: int | None) -> _Row:
+def _row(encoded: Encoded, size: int, limit: int | None) -> Row:
     counted = encoded.weights > 0
     counted[:1] = False  # Nothing stands before the first token that could predict it.
-    return _Row(encoded.input_ids[:limit], counted[:limit], size)
-
-
-def _batches(rows: Sequence[_Row], batch_size: int, vocabulary: int) -> Iterator[list[_Row]]:
-    """Rows of similar length together, the longest first so that memory peaks at once."""
-    batch: list[_Row] = []
-    for row in sorted(rows, key=lambda row: len(row.input_ids), reverse=True):
-        kept = _kept([*batch, row])
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * kept * vocabulary > LOGITS_PER_FORWARD):
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-def _kept(batch: Sequence[_Row]) -> int:
-    """At how many last positions logits are needed: prompts stand first, and nobody asks how they were predicted."""
-    longest = max(len(row.input_ids) for row in batch)
-    first = min((int(row.counted.argmax()) for row in batch if row.tokens), default=longest)
-    return longest - first + 1
-
-
-def _padded(batch: list[_Row], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded ids and attention mask, both int64 [rows, tokens]."""
-    longest = max(len(row.input_ids) for row in batch)
-    ids, mask = (np.zeros((len(batch), longest), np.int64) for _ in range(2))
-    for i, row in enumerate(batch):
-        ids[i, : len(row.input_ids)] = row.input_ids
-        mask[i, : len(row.input_ids)] = 1
-    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+    return Row(encoded.input_ids[:limit], counted[:limit], size)
 
 
 @torch.inference_mode()
-def _score(model: PreTrainedModel, rows: Sequence[_Row], batch_size: int) -> None:
-    """Fill in `nats` and `correct` of every row."""
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    training = model.training
-    model.eval()
-    for batch in _batches(rows, batch_size, model.config.get_text_config().vocab_size):
-        ids, mask = _padded(batch, model.device)
-        kept = {"logits_to_keep": _kept(batch)} if keeps else {}
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **kept).logits
-        for i, row in enumerate(batch):
-            targets = np.flatnonzero(row.counted)
-            if not len(targets):
-                continue
-            picked = logits[i, torch.from_numpy(targets - 1 - ids.shape[1] + logits.shape[1])].float()
-            truth = ids[i, torch.from_numpy(targets)]
-            row.nats = cross_entropy(picked, truth, reduction="none").double().sum().item()
-            row.correct = int((picked.argmax(-1) == truth).sum())
-    model.train(training)
-
-
-@torch.inference_mode()
-def _expert_shares(model: PreTrainedModel, rows: Sequence[_Row], batch_size: int) -> list[list[float]]:
+def _expert_shares(model: PreTrainedModel, rows: Sequence[Row], batch_size: int) -> list[list[float]]:
     top_k = getattr(model.config, "num_experts_per_tok", None)
     counts: list[torch.Tensor] = []
     training = model.training
     model.eval()
-    for batch in _batches(rows, batch_size, model.config.get_text_config().vocab_size):
-        ids, mask = _padded(batch, model.device)
+    for batch in batches(rows, batch_size, model.config.get_text_config().vocab_size):
+        ids, mask = padded([row.input_ids for row in batch], model.device)
         with router_logits_by_layer(model) as layers:
             # The body alone: routers need no logits over the vocabulary.
             model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
