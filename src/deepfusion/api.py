@@ -10,13 +10,15 @@ from deepfusion.config import CONFIGS, load_config
 from deepfusion.schema import Config
 
 
-def run(config: Config, out: str | Path, *, first: str | None = None, last: str | None = None) -> Path:
+def run(
+    config: Config | str | Path, out: str | Path, *, first: str | None = None, last: str | None = None
+) -> Path:
     """Simulate the whole federation: devices, clusters, proxies, bases, MoE, evaluation, report.
 
     Call it below `if __name__ == "__main__":`, for trainings side by side run in processes that import the program.
 
     Args:
-        config: what `load_config` gives.
+        config: what `load_config` gives, or a config's file.
         out: the run folder, made where it is missing. A run in it goes on, or is redone as far as `config` has changed.
         first: redo this stage and what follows, even if nothing changed: device, registry, cluster, proxy, distill,
             merge, tune, evaluate or report.
@@ -29,7 +31,8 @@ def run(config: Config, out: str | Path, *, first: str | None = None, last: str 
     Raises:
         InputError: whatever a user can mend, in one line.
     """
-    pipeline.run(config, Path(out), first=first, last=last)
+    settings = config if isinstance(config, Config) else load_config(config)
+    pipeline.run(settings, Path(out), first=first, last=last)
     return Path(out)
 
 

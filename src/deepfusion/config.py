@@ -60,6 +60,8 @@ def load_config(
         InputError: missing or malformed file, unknown key (with the nearest valid one), wrong type or value, or
             values that contradict each other.
     """
+    if isinstance(overrides, str):
+        raise TypeError(f"overrides is a list of texts, such as [{overrides!r}]")
     path = CONFIGS / "quickstart.yaml" if path is None else Path(path)
     values = _read_yaml(path)
     for old, new in rename_keys(values, renamed, where=path).items():

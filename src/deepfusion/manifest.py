@@ -117,12 +117,13 @@ class StageEntry(Outcome):
     """How a stage went.
 
     Attributes:
+        status: outdated where a stage before it was made anew since and this one was not.
         key: what its result depends on; the digest of it where a version before schema 1 made it.
         source: where the stage takes its uploads from, `devices` where they train.
         known: while it runs, digests of what may stand at the place of its outputs and is ours.
     """
 
-    status: Literal["waiting", "running", "failed", "done"] = "waiting"
+    status: Literal["waiting", "running", "failed", "done", "outdated"] = "waiting"
     key: Key | str = ""
     source: str = "devices"
     known: list[dict[str, str]] = []

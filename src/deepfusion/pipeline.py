@@ -142,7 +142,9 @@ def run(
             if stage.name == last:
                 break
         jobs.close_pool()
-        progress.say(f"all stages done in {progress.duration(time.time() - started)}")
+        folder.leave(stages[NAMES.index(last) + 1 :] if last else [], plan.config)
+        what = "all stages" if last in (None, NAMES[-1]) else f"the stages up to {last}"
+        progress.say(f"{what} done in {progress.duration(time.time() - started)}")
     return folder.manifest
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from operator import attrgetter
 from pathlib import Path
 
 import torch
 
-from deepfusion import progress
+from deepfusion import plugins, progress
 from deepfusion.errors import InputError
 from deepfusion.families import bases
-from deepfusion.families.base import moe_config
+from deepfusion.families.base import check_family
 from deepfusion.families.bases import base_checkpoint
 from deepfusion.learning.memory import estimate_training_bytes, require_memory
 from deepfusion.models.architecture import parameter_total, read_config
@@ -79,7 +80,9 @@ class Plan:
         config = self.config
         bases.check(config)
         base = read_config(base_checkpoint(config))
-        moe = moe_config(base, bases.layout(config))
+        for group, key in plugins.KEYS.items():
+            plugins.load(group, attrgetter(key)(config))
+        moe = check_family(bases.layout(config), base)
         weights = 4 * parameter_total(base)
         # K bases, a trunk, the merged MoE, its control and the tuned two, and the checkpoints of a training (weights,
         # two moments).

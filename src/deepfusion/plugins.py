@@ -6,6 +6,11 @@ main file: worker processes read that again. docs/guides/extending.md has an exa
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
@@ -13,6 +18,18 @@ from typing import Any, Literal
 from deepfusion.errors import InputError
 
 Group = Literal["families", "methods", "clusterings", "averages"]
+KEYS: dict[Group, str] = {
+    "families": "family",
+    "methods": "distill.method",
+    "clusterings": "clustering.assignment",
+    "averages": "clustering.average",
+}
+"""What names one of a group in a config."""
+_OBJECTS: dict[Group, tuple[str, ...]] = {
+    "families": ("name", "fits", "settings", "config_class"),
+    "averages": ("weights", "combine"),
+}
+"""What the objects of a group have; of the other groups there are functions and classes."""
 _registered: dict[tuple[str, str], Any] = {}
 
 
@@ -48,10 +65,105 @@ def load(group: Group, name: str) -> Any:
 
     Raises:
         KeyError: nothing has.
+        InputError: another package has, and it cannot be imported or is nothing of its group (`plugin-broken`).
     """
     if (group, name) in _registered:
-        return _registered[group, name]
-    return _declared(group)[name].load()
+        return _checked(group, name, _registered[group, name], "this program")
+    point = _declared(group)[name]
+    if len(packages := _packages(group)[name]) > 1:
+        what = f"is declared by several packages ({', '.join(packages)})"
+        raise _broken(group, name, packages[-1], what)
+    package = f"the package {point.dist.name if point.dist else point.module}"
+    try:
+        found = point.load()
+    except Exception as error:
+        if point.module.partition(".")[0] == __package__:
+            raise
+        raise _broken(group, name, package, f"cannot be loaded ({_said(error)})") from error
+    return _checked(group, name, found, package)
+
+
+@contextmanager
+def blamed(group: Group, found: Any) -> Iterator[None]:
+    """Around what runs the code of others: what goes wrong in it is said to be theirs, in one line.
+
+    Raises:
+        InputError: in place of any error of an own clustering, method or average (`plugin-failed`).
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        file = _file(found)
+        frames = traceback.extract_tb(error.__traceback__)
+        inside = [frame for frame in frames if frame.filename == file]
+        # A call that does not fit ends where it was made, without a frame of the one that was called.
+        called = isinstance(error, TypeError) and len(frames) == 2
+        if is_ours(found) or not (inside or called):
+            raise
+        at = f"{file}:{inside[-1].lineno}" if inside else file
+        what = f"{qualified_name(found)} failed: {_said(error)}"
+        raise InputError(what, where=KEYS[group], fix=f"mend {at}", code="plugin-failed") from error
+
+
+def version(found: Any) -> str:
+    """What tells one state of a function, class or object from another: its qualified name, and of what is not of this
+    package a digest of its source, as far as that can be read.
+    """
+    name = qualified_name(found)
+    if is_ours(found):
+        return name
+    parts = [found.func if isinstance(found, partial) else found]
+    if not hasattr(parts[0], "__qualname__"):
+        parts = [type(found), *(value for value in vars(found).values() if callable(value))]
+    try:
+        source = "".join(inspect.getsource(part) for part in parts)
+    except (OSError, TypeError):
+        return name
+    return f"{name} {hashlib.sha256(source.encode()).hexdigest()[:16]}"
+
+
+def _checked(group: Group, name: str, found: Any, origin: str) -> Any:
+    wanted = _OBJECTS.get(group)
+    if wanted is None and not callable(found):
+        raise _broken(group, name, origin, "is no function or class")
+    if wanted is not None and (isinstance(found, type) or not all(hasattr(found, part) for part in wanted)):
+        raise _broken(group, name, origin, f"is no object with {', '.join(wanted)}")
+    return found
+
+
+def _broken(group: Group, name: str, origin: str, what: str) -> InputError:
+    what, fix = f"{name}, of {origin}, {what}", f"mend or remove {origin}"
+    return InputError(what, where=KEYS[group], allowed=", ".join(names(group)), fix=fix, code="plugin-broken")
+
+
+def _said(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def is_ours(found: Any) -> bool:
+    """Whether a function, class or object, with all that is bound to it, is of this package."""
+    if isinstance(found, partial):
+        found = found.func
+    owners = [found] if hasattr(found, "__qualname__") else [type(found), *vars(found).values()]
+    modules = [getattr(owner, "__module__", None) for owner in owners if callable(owner)]
+    return all(str(module).partition(".")[0] in (__package__, f"{__package__}_bench") for module in modules)
+
+
+def _file(found: Any) -> str:
+    """The source file of whatever of an object is not of this package."""
+    if isinstance(found, partial):
+        found = found.func
+    owners = [found] if hasattr(found, "__qualname__") else [*vars(found).values(), type(found)]
+    for owner in owners:
+        if callable(owner) and not str(getattr(owner, "__module__", "")).startswith(f"{__package__}."):
+            try:
+                return inspect.getsourcefile(owner) or ""
+            except TypeError:
+                continue
+    return ""
 
 
 def qualified_name(found: Any) -> str:
@@ -64,6 +176,15 @@ def qualified_name(found: Any) -> str:
     name = f"{found.__module__}.{found.__qualname__}"
     names = [qualified_name(value) if callable(value) else repr(value) for value in bound]
     return f"{name}({', '.join(names)})" if names else name
+
+
+@lru_cache
+def _packages(group: Group) -> dict[str, list[str]]:
+    """Of each name the packages that declare it, this one first."""
+    found: dict[str, set[str]] = {}
+    for point in entry_points(group=f"deepfusion.{group}"):
+        found.setdefault(point.name, set()).add(point.dist.name if point.dist else point.module)
+    return {name: sorted(those, key=lambda one: (one != __package__, one)) for name, those in found.items()}
 
 
 @lru_cache

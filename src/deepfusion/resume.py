@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,9 +74,7 @@ def stage_key(stage: Stage, config: Config, run: Path, digests: Digests) -> Key:
         inputs["base"] = checkpoint_version(base, digests.sha256)
     settings = _settings(config, stage.keys)
     groups = {name: group for name, group in NAMED.items() if name in settings}
-    inputs |= {
-        name: plugins.qualified_name(plugins.load(group, settings[name])) for name, group in groups.items()
-    }
+    inputs |= {name: plugins.version(plugins.load(group, settings[name])) for name, group in groups.items()}
     return Key(
         revision=stage.revision,
         function=plugins.qualified_name(stage.run),
@@ -93,9 +92,7 @@ def _settings(config: Config, keys: tuple[str, ...]) -> dict[str, Any]:
     found = {}
     for key in known_keys():
         if any(key == one or key.startswith(f"{one}.") for one in keys):
-            value: Any = config
-            for part in key.split("."):
-                value = getattr(value, part)
+            value = attrgetter(key)(config)
             if key in _EFFECTIVE:
                 value = _EFFECTIVE[key](config)
             if key == "devices" and isinstance(

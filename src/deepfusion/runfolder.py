@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from itertools import count
@@ -99,8 +99,10 @@ class RunFolder:
         changed = entry.differences(asked)
         if not changed and isinstance(entry.key, Key):
             asked = entry.key  # what could not be known then may be known now
-        kept = entry.status == "done" and not changed and not redo and stage.name not in _REDONE
+        made = entry.status in ("done", "outdated")
+        kept = made and not changed and not redo and stage.name not in _REDONE
         if kept and all((self.path / path).exists() for path in entry.digests):
+            entry.status = "done"
             remove(self._work(stage))  # of a run that was killed while it cleaned up
             progress.say(f"[{stage.name}] unchanged, done in {progress.duration(entry.seconds or 0)} before")
             return
@@ -118,6 +120,22 @@ class RunFolder:
         remove(self._work(stage))
         memory = f"{(entry.peak_rss_bytes or 0) / 2**30:.1f} GiB"
         progress.say(f"[{stage.name}] done in {progress.duration(entry.seconds or 0)}, peak memory {memory}")
+
+    def leave(self, stages: Sequence[Stage], config: Config) -> None:
+        """What is said of stages that are not run this time: whether what they made before still holds."""
+        for stage in stages:
+            entry = self.manifest.stages.get(stage.name)
+            if entry is not None and entry.status in ("done", "outdated"):
+                outdated = entry.differences(self.key(stage, config)) or any(
+                    self._status(name) not in ("", "done") for name in stage.inputs.values()
+                )
+                entry.status = "outdated" if outdated else "done"
+        self.write()
+
+    def _status(self, output: str) -> str:
+        """Of the stage that makes this output."""
+        entries = self.manifest.stages.values()
+        return next((entry.status for entry in entries if output in entry.digests), "")
 
     def _work(self, stage: Stage) -> Path:
         return self.path / ".work" / stage.name

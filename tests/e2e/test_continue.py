@@ -185,6 +185,29 @@ def test_a_moved_base_of_the_same_content_is_the_same_to_merge_and_evaluate():
     assert {"merge", "evaluate"} <= set(kept(found))
 
 
+def test_what_was_made_of_something_older_is_outdated(invoke):
+    """Until it is made again, nothing shows it as what the run came to."""
+
+    def states() -> dict[str, str]:
+        return {stage["name"]: stage["status"] for stage in pipeline.status(RUN)["stages"]}
+
+    command = ("run", "config.yaml", "--out", RUN, "--set", "tune.steps=1")
+    done = invoke(*command, "--until", "tune")
+    assert states() == dict.fromkeys(NAMES, "done") | {"evaluate": "outdated", "report": "outdated"}
+    assert "outdated, for what they are made of has changed: evaluate, report" in done.out
+    assert "nats" not in done.out
+    assert "report: " not in done.out
+    assert "the stages up to tune done" in done.err
+    found = json.loads(invoke(*command, "--until", "tune", "--json").out)
+    assert (found["evaluation"], found["outdated"]) == (None, ["evaluate", "report"])
+    found = json.loads(invoke(*command, "--json").out)
+    assert found["evaluation"] is not None
+    assert found["outdated"] == []
+    assert set(states().values()) == {"done"}
+    go_on("tune.steps=1", first="merge", last="merge")  # comes to the same
+    assert set(states().values()) == {"done"}
+
+
 def test_a_refused_command_leaves_no_folder(invoke, tmp_path):
     config = load_config("config.yaml").model_dump(mode="json")
     config["distill"]["base"] = "models/device"

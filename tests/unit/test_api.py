@@ -84,3 +84,13 @@ def test_fuse_refuses_what_it_would_ignore(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown-stage"):
         deepfusion.run(load_config(), tmp_path / "run", last="nothing")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_override_that_is_no_list_is_a_mistake_of_the_program() -> None:
+    with pytest.raises(TypeError, match="overrides is a list of texts"):
+        load_config(None, "experts=2")  # type: ignore[arg-type]
+
+
+def test_run_takes_the_file_of_a_config(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no-config"):
+        deepfusion.run(tmp_path / "missing.yaml", tmp_path / "run")

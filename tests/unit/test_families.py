@@ -34,6 +34,7 @@ from deepfusion.families.base import (
     Family,
     MoELayout,
     check_base,
+    check_family,
     expert_parameters,
     get,
     is_expert_name,
@@ -497,6 +498,17 @@ def test_a_family_of_a_program_of_ones_own_is_one_like_all(tmp_path, monkeypatch
                 assert (base(tokens()).logits - moe(tokens()).logits).abs().max() < 1e-5
         with pytest.raises(InputError, match="allowed: olmo2"):
             check_base("flex_olmo", base_config("mixtral"))
+        layout = MoELayout("flex_olmo", K, 2)
+        assert check_family(layout, config).to_dict() == moe_config(config, layout).to_dict()
+        for name, wrong in (
+            ("expert_tensor", lambda self, prefix, expert, projection: f"{prefix}{expert}.{projection}"),
+            ("router_tensors", lambda self, layout, prefix, rows, dtype: iter(())),
+            ("settings", lambda self, base, layout, width: {"num_experts": layout.routed + 1}),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(own_family.FlexOlmo, name, wrong)
+                with pytest.raises(InputError, match=r"what flex_olmo makes of the bases.*family-broken"):
+                    check_family(layout, config)
     finally:
         plugins._registered.clear()
         plugins._registered.update(before)

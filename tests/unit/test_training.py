@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepfusion import progress
+from deepfusion.errors import InputError
 from deepfusion.learning.training import train
 
 STEPS = 30
@@ -112,6 +113,29 @@ def test_no_steps_is_no_training(tmp_path):
     net = Net()
     assert fit(net, tmp_path, []) == []
     assert same(weights(net), weights(Net()))
+
+
+class Diverging(Net):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        found = super().forward(x)
+        return found | {"loss": found["loss"] * torch.inf}
+
+
+def test_a_loss_that_is_no_number_ends_a_training(tmp_path):
+    with pytest.raises(
+        InputError, match=r"^test net: the loss at step 1 of 30 is (inf|nan).*learning_rate.*diverged"
+    ):
+        fit(Diverging(), tmp_path, batches())
+
+
+@pytest.mark.parametrize("returned", [{"kl": torch.zeros(())}, torch.zeros(())])
+def test_a_method_without_a_loss_is_refused(tmp_path, returned):
+    class Silent(Net):
+        def forward(self, x: Tensor) -> Any:
+            return returned
+
+    with pytest.raises(InputError, match="plugin-broken"):
+        fit(Silent(), tmp_path, batches())
 
 
 def test_same_seed_same_weights(tmp_path, undisturbed):

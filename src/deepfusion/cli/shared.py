@@ -12,6 +12,7 @@ import typer
 
 from deepfusion.cli import terminal
 from deepfusion.errors import InputError
+from deepfusion.manifest import Manifest
 from deepfusion.records import Evaluation
 
 ConfigFile = Annotated[Path | None, typer.Argument(help="YAML config; default: the quickstart")]
@@ -38,18 +39,23 @@ def print_json(value: Any) -> None:
 
 
 def print_outcome(run: Path, json_: bool) -> None:
-    evaluation = run / "evaluation.json"
+    """What a run came to, as far as it was made of what stands there now."""
+    stages = Manifest.read(run).stages
+    current = {name for name, entry in stages.items() if entry.status == "done"}
+    outdated = [name for name, entry in stages.items() if entry.status == "outdated"]
     final, page = run / "moe" / "final", run / "report" / "index.html"
+    measured = Evaluation.find(run / "evaluation.json") if "evaluate" in current else None
     if json_:
-        found = Evaluation.find(evaluation)
-        done = found and found.model_dump()
+        done = measured and measured.model_dump()
         return print_json(
-            {"run": str(run), "checkpoint": str(final), "report": str(page), "evaluation": done}
-        )
-    if evaluation.is_file():
+            {"run": str(run), "checkpoint": str(final), "report": str(page), "evaluation": done, "outdated": outdated}
+        )  # fmt: skip
+    if measured is not None:
         from deepfusion.report.page import summary_table
 
         rich.print(summary_table(run))
-    for name, path in (("checkpoint", final), ("report", page)):
-        if path.exists():
+    for name, stage, path in (("checkpoint", "tune", final), ("report", "report", page)):
+        if path.exists() and stage in current:
             print(f"{name}: {path}")
+    if outdated:
+        print(f"outdated, for what they are made of has changed: {', '.join(outdated)}")

@@ -10,19 +10,22 @@ own matter, as is all else that depends on its class. A family is one object in 
 from __future__ import annotations
 
 import re
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from deepfusion import plugins
 from deepfusion.errors import InputError
+from deepfusion.models.architecture import architecture
 from deepfusion.models.checkpoints import TensorReader, check_same_tensors, mean_tensor
 
 Scores = Literal["softmax", "sigmoid"]
@@ -117,15 +120,19 @@ def get(name: str) -> Family:
         raise InputError(
             f"unknown family {name!r}", where="family", allowed=", ".join(names()), code="family-unknown"
         )
-    found = plugins.load("families", name)
-    assert isinstance(found, Family), f"{found} is no Family"
-    return found
+    return plugins.load("families", name)
 
 
 def of(config: PretrainedConfig) -> Family | None:
     """The family of an MoE's config; None for models of other makers."""
-    found = (get(name) for name in names())
-    return next((f for f in found if type(config) is f.config_class and f.owns(config)), None)
+    for name in names():
+        try:
+            found = get(name)
+        except InputError:
+            continue  # one that cannot be loaded makes nothing, and whoever names it is told
+        if type(config) is found.config_class and found.owns(config):
+            return found
+    return None
 
 
 @dataclass(frozen=True)
@@ -283,6 +290,66 @@ def merge_tensors(
     for number in range(layers):
         if number not in layout.dense_layers:
             yield from family.router_tensors(layout, f"model.layers.{number}.mlp.", router[number], dtype)
+
+
+def check_family(layout: MoELayout, base_config: PretrainedConfig) -> PretrainedConfig:
+    """Check that what a family, if it is not of this package, makes of such bases is what its class reads; needs no
+    weights.
+
+    Returns:
+        The config of the MoE.
+
+    Raises:
+        InputError: the layout or the base does not fit, or the tensors are not those of the class (`family-broken`).
+    """
+    config = moe_config(base_config, layout)
+    if plugins.is_ours(get(layout.family)):
+        return config
+    readers: Any = [_Shapes(architecture(base_config).tensors)] * layout.experts
+    sizes = base_config.num_hidden_layers, layout.experts, base_config.hidden_size
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            tensors = dict(merge_tensors(layout, readers, base_config, torch.empty(sizes, device="meta")))
+            read: Any = getattr(transformers, get(layout.family).architecture).from_pretrained(
+                None, config=config, state_dict=tensors, device_map="meta", ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )  # fmt: skip
+        except InputError:
+            raise
+        except (
+            Exception
+        ) as error:  # other people's code, and how a class fails on tensors that are not its own
+            raise _broken_family(layout, f"cannot be read ({str(error).splitlines()[0][:200]})") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found := sorted(read[1][problem], key=str):
+            raise _broken_family(layout, f"has {len(found)} {problem.replace('_', ' ')}, such as {found[0]}")
+    return config
+
+
+def _broken_family(layout: MoELayout, what: str) -> InputError:
+    family = get(layout.family)
+    what = f"what {layout.family} makes of the bases, read as {family.architecture}, {what}"
+    return InputError(what, where="family", fix=f"mend {type(family).__module__}", code="family-broken")
+
+
+class _Shapes:
+    """The tensors of a checkpoint without their values, read like a `TensorReader`."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.shapes, self.folder = shapes, "the base"
+
+    def names(self) -> list[str]:
+        return sorted(self.shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.shapes[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
+    def get(self, name: str) -> Tensor:
+        return torch.empty(self.shape(name), device="meta")
 
 
 def parameter_count(config: PretrainedConfig) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections import defaultdict
@@ -26,6 +27,7 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 
 from deepfusion import progress
+from deepfusion.errors import InputError
 
 WEIGHTS = "trained.safetensors"
 COUNTS = ("tokens", "flops")
@@ -130,6 +132,9 @@ class _Trainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *_: Any, **__: Any
     ) -> Any:
         values = model(**inputs)
+        if not isinstance(values, dict) or "loss" not in values:
+            what = f"{type(model).__name__} returns {type(values).__name__}, not scalars by name with a loss among them"
+            raise InputError(what, where="distill.method", code="plugin-broken")
         for key, value in values.items():
             self._sums[key] += float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
         self._count += 1
@@ -224,6 +229,10 @@ class _Lines(TrainerCallback):
         if not logs or "learning_rate" not in logs:
             return
         values = {key: float(value) for key, value in logs.items() if key not in ("epoch", "grad_norm")}
+        if not math.isfinite(values["loss"]):
+            what = f"the loss at step {state.global_step} of {self.steps} is {values['loss']}: training has diverged"
+            fix = f"a lower {self.stage}.learning_rate; with an own distill.method or base, look at those"
+            raise InputError(what, where=f"{self.stage} {self.unit}", fix=fix, code="diverged")
         self.tokens += float(logs.get("tokens", 0))
         now = time.monotonic()
         values["tokens_per_second"] = round(self.tokens / (now - self.start), 1)

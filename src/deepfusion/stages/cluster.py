@@ -100,7 +100,13 @@ def random(embeddings: np.ndarray, clusters: int, config: Config) -> np.ndarray:
 def _group(embeddings: np.ndarray, clusters: int, config: Config) -> list[list[int]]:
     """Members of each cluster, none empty, ordered by their first member."""
     name = config.clustering.assignment
-    labels = np.asarray(plugins.load("clusterings", name)(embeddings, clusters, config))
+    rule = plugins.load("clusterings", name)
+    with plugins.blamed("clusterings", rule):
+        labels = rule(embeddings, clusters, config)
+    try:
+        labels = np.asarray(labels)
+    except ValueError:  # rows of different lengths
+        labels = np.empty(0)
     if labels.shape != (len(embeddings),) or set(labels.tolist()) != set(range(clusters)):
         raise InputError(
             f"{name} does not give each of {len(embeddings)} models one of {clusters} clusters, none empty",

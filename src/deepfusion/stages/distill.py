@@ -145,19 +145,20 @@ def distill(
         order = reading_order(
             [len(d.document.text) for d in windows], steps, settings.batch_size, config.seed, periods
         )
-        history = train(
-            method(student, weights, teachers, vaa, config.seed),
-            [[windows[i] for i in batch] for batch in order],
-            Collator(tokenizer, teachers, config.data.prompt_loss_weight, context_limit(student), vaa),
-            stage="distill",
-            unit=unit,
-            work=work,
-            learning_rate=settings.learning_rate,
-            precision=precision,
-            seed=config.seed,
-            checkpoint_seconds=config.checkpoint_seconds,
-            end_share=effective_handover(config),
-        )
+        with plugins.blamed("methods", method):
+            history = train(
+                method(student, weights, teachers, vaa, config.seed),
+                [[windows[i] for i in batch] for batch in order],
+                Collator(tokenizer, teachers, config.data.prompt_loss_weight, context_limit(student), vaa),
+                stage="distill",
+                unit=unit,
+                work=work,
+                learning_rate=settings.learning_rate,
+                precision=precision,
+                seed=config.seed,
+                checkpoint_seconds=config.checkpoint_seconds,
+                end_share=effective_handover(config),
+            )
     with whole_folder(out) as part:
         student.eval().save_pretrained(part)
         tokenizer.save_pretrained(part)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from transformers import GenerationConfig
 
@@ -39,9 +40,12 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
             continue
         members = [registry[name] for name in cluster.devices]
         with whole_folder(target) as part:
-            weights = rule.weights(members)
+            with plugins.blamed("averages", rule):
+                weights = rule.weights(members)
+            _check_weights(config.clustering.average, weights, len(members))
             folders = [inputs["uploads"] / name for name in cluster.devices]
-            average(folders, members, weights, part, rule.combine)
+            with plugins.blamed("averages", rule):
+                average(folders, members, weights, part, rule.combine)
             _describe(cluster, members, weights, part)
         names = ", ".join(cluster.devices)
         progress.say(f"[proxy {cluster.id}] mean of {len(members)} {cluster.type}: {names}")
@@ -73,6 +77,18 @@ def _by_tokens(entries: Sequence[RegistryEntry]) -> list[float]:
 
 UNIFORM = Average(_alike)
 TOKENS = Average(_by_tokens)
+
+
+def _check_weights(rule: str, weights: Sequence[float], members: int) -> None:
+    try:
+        values = np.asarray(weights, float)
+    except (TypeError, ValueError):
+        values = np.empty(0)
+    if values.shape != (members,) or not np.isfinite(values).all() or values.min() < 0 or values.sum() <= 0:
+        raise InputError(
+            f"{rule} gives {members} members the weights {str(weights)[:100]}", where="clustering.average",
+            allowed="a number of 0 or more for each, not all 0", code="bad-average",
+        )  # fmt: skip
 
 
 def average(
@@ -111,13 +127,30 @@ def average(
                 writer.add(name, first)
                 continue
             dtype = _widest([member.dtype(name) for member in members])
-            writer.add(name, combine((member.get(name) for member in members), weights, dtype))
+            mean = combine((member.get(name) for member in members), weights, dtype)
+            if combine is not mean_of:
+                _check_mean(name, mean, first)
+            writer.add(name, mean)
     config = read_config(folders[0])
     config.dtype = dtype
     config.save_pretrained(out)
     if (folders[0] / "generation_config.json").is_file():
         GenerationConfig.from_pretrained(folders[0]).save_pretrained(out)
     copy_tokenizer(folders[0], out)
+
+
+def _check_mean(name: str, mean: Any, first: torch.Tensor) -> None:
+    """What an own rule makes of a tensor would be blamed on the checkpoint later."""
+    if not isinstance(mean, torch.Tensor) or mean.shape != first.shape or not mean.is_floating_point():
+        found = f"{mean.dtype} {list(mean.shape)}" if isinstance(mean, torch.Tensor) else type(mean).__name__
+        what = f"the rule makes {found} of tensors {list(first.shape)} called {name}"
+    elif not mean.isfinite().all():
+        what = f"the rule makes values that are no finite numbers of the tensors called {name}"
+    else:
+        return
+    raise InputError(
+        what, where="clustering.average", allowed=f"finite numbers {list(first.shape)}", code="bad-average"
+    )
 
 
 def _widest(dtypes: list[torch.dtype]) -> torch.dtype:
