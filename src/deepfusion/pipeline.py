@@ -63,7 +63,7 @@ STAGES = (
     ),
     Stage(
         "merge", merge.run, {"bases": "bases"}, ("moe/merged", "moe/untaught"),
-        ("seed", "family", "experts", "top_k", "merge"), ("base",),
+        ("seed", "family", "experts", "top_k", "merge", "tune.control"), ("base",),
     ),
     Stage(
         "tune", tune.run,

@@ -35,6 +35,8 @@ TOKENIZER_PATTERNS = (
     "chat_template.jinja",
     "*.model",
 )
+_PIECE = 2**16
+"""Elements that are summed up at once."""
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _DTYPES = {
     "F64": torch.float64,
@@ -319,8 +321,9 @@ def mean_tensor(readers: Sequence[TensorReader], name: str) -> torch.Tensor:
 def mean_of(tensors: Iterable[torch.Tensor], weights: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
     """Weighted element-wise mean of tensors of one shape, accumulated in fp32 and cast once to `dtype`.
 
-    Holds two fp32 tensors, however many there are. It sums the differences to the first tensor, so that the mean of
-    identical tensors is bit-identical to them.
+    Holds one fp32 tensor beside the first and the one at hand, however many there are; sums are taken in pieces that
+    fit a processor's cache. It sums the differences to the first tensor, so that the mean of identical tensors is
+    bit-identical to them.
 
     Args:
         tensors: at least one.
@@ -328,11 +331,20 @@ def mean_of(tensors: Iterable[torch.Tensor], weights: Sequence[float], dtype: to
     """
     scale = len(weights) / sum(weights)  # weights around 1: equal ones change no bit
     rest = iter(tensors)
-    origin = next(rest).float()
-    shift = torch.zeros_like(origin)
+    first = next(rest)
+    shift = torch.zeros(first.shape, dtype=torch.float32, device=first.device)
+    origin, shifts = _pieces(first), _pieces(shift)
     for tensor, weight in zip(rest, weights[1:], strict=True):
-        shift += (tensor.float() - origin) * (weight * scale)
-    return (origin + shift / len(weights)).to(dtype)
+        for sum_, here, there in zip(shifts, _pieces(tensor), origin, strict=True):
+            sum_.add_((here.float() - there.float()) * (weight * scale))
+    mean = torch.empty(first.shape, dtype=dtype, device=first.device)
+    for target, start, sum_ in zip(_pieces(mean), origin, shifts, strict=True):
+        target.copy_(start.float() + sum_ / len(weights))
+    return mean
+
+
+def _pieces(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tensor.reshape(-1).split(_PIECE)
 
 
 def numbered(folder: Path) -> list[Path]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.cluster import KMeans
 
 from deepfusion import plugins
 from deepfusion.errors import InputError
@@ -86,6 +85,8 @@ def _normalised(devices: list[RegistryEntry]) -> np.ndarray:
 
 def kmeans(embeddings: np.ndarray, clusters: int, config: Config) -> np.ndarray:
     """K-means on the unit sphere; `clustering.assignment: kmeans`."""
+    from sklearn.cluster import KMeans  # takes a second that few commands need
+
     found = KMeans(clusters, n_init=config.clustering.restarts, random_state=config.seed)
     labels = found.fit_predict(embeddings)
     _fill_empty(labels, found.transform(embeddings), clusters)

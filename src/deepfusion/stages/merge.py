@@ -25,7 +25,8 @@ _PROVENANCE = {"_name_or_path", "transformers_version"}
 def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, object]:
     """Merges `inputs["bases"]/0..K-1` into `out/moe/merged`, a plain Hugging Face checkpoint with its tokenizer.
 
-    `out/moe/untaught` is the same MoE made of the public base `inputs["base"]`.
+    `out/moe/untaught`, which the control of the tune stage starts from, is the same MoE made of the public base
+    `inputs["base"]`.
 
     Returns:
         {"experts" and "top_k" (routed, as the model counts them), "total_parameters", "active_parameters", "digest"}.
@@ -35,8 +36,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, object]
     """
     folders = [inputs["bases"] / str(number) for number in range(config.experts)]
     summary = write_moe(config, folders, config.merge.router == "prototype", out / "moe" / "merged")
-    # The control of the tune stage: the same MoE with the untouched public base as every expert.
-    write_moe(config, [inputs["base"]] * config.experts, False, out / "moe" / "untaught")
+    if config.tune.control:
+        write_moe(config, [inputs["base"]] * config.experts, False, out / "moe" / "untaught")
     return summary
 
 

@@ -6,8 +6,6 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.feature_extraction.text import HashingVectorizer
-from sklearn.preprocessing import normalize
 
 from deepfusion.errors import InputError
 
@@ -49,6 +47,9 @@ def embed(
 
 
 def _hashed(texts: Sequence[str]) -> np.ndarray:
+    from sklearn.feature_extraction.text import HashingVectorizer  # takes a second that few commands need
+    from sklearn.preprocessing import normalize
+
     # Common English words are left out: they are alike in every domain and push all cosines towards 1.
     # Of the variants tried on four domains with 20 to 100 documents a device, single words with logarithmic counts
     # separated best; pairs of words add noise at this length.
