@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from multiprocessing import current_process
 from pathlib import Path
 
 from deepfusion import pipeline
@@ -31,6 +32,7 @@ def run(
     Raises:
         InputError: whatever a user can mend, in one line.
     """
+    _end_a_copy()
     settings = config if isinstance(config, Config) else load_config(config)
     pipeline.run(settings, Path(out), first=first, last=last)
     return Path(out)
@@ -61,6 +63,7 @@ def fuse(
     Raises:
         InputError: whatever a user can mend, in one line.
     """
+    _end_a_copy()
     if isinstance(config, Config) and overrides:
         raise ValueError("overrides are for load_config, where the config is made")
     settings = (
@@ -68,3 +71,11 @@ def fuse(
     )
     pipeline.run(settings, Path(out), instead=[pipeline.given(Path(folder))], first=first, last=last)
     return Path(out)
+
+
+def _end_a_copy() -> None:
+    """A worker process that runs a whole program again, for want of `if __name__ == "__main__":` in it, only ends: what
+    is wrong is said where the worker is waited for.
+    """
+    if getattr(current_process(), "_inheriting", False):
+        raise SystemExit(1)

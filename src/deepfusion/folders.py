@@ -384,6 +384,17 @@ def _let_go(folder: Path) -> None:
 # Who works there -----------------------------------------------------------------------------------------------------
 
 
+def is_locked(path: Path) -> bool:
+    """Whether some process holds this lock, as far as that can be seen."""
+    try:
+        with FileLock(path, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return False
+
+
 @contextmanager
 def locked(path: Path, busy: InputError | None = None, poll_seconds: float = 0.05) -> Iterator[None]:
     """Alone, of all processes that lock this file, until the block ends.

@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context, parent_process
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from deepfusion import progress
+from deepfusion.errors import InputError
 
 _pool: ProcessPoolExecutor | None = None
 _relay: progress.Relay | None = None  # of the pool
@@ -36,6 +38,9 @@ def run_jobs(function: Callable[..., Any], jobs: list[dict[str, Any]], workers: 
 
     Where there are several jobs each gets one thread, also with one worker, in this process: results do not depend
     on how many run side by side. A single job runs in this process and gets all threads.
+
+    Raises:
+        InputError: a worker was ended from outside, or could not start (`worker-died`).
     """
     workers = workers or default_workers()
     if len(jobs) == 1:
@@ -50,6 +55,13 @@ def run_jobs(function: Callable[..., Any], jobs: list[dict[str, Any]], workers: 
         if _relay is not None:
             _relay.empty()
         return results
+    except BrokenProcessPool:
+        close_pool()
+        raise InputError(
+            "a worker process has died, most often for lack of memory", where="jobs",
+            fix="--set jobs=1; in a program of your own, call run and fuse below if __name__ == \"__main__\":",
+            code="worker-died",
+        ) from None  # fmt: skip
     except BaseException:
         close_pool()
         raise

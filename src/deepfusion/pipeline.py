@@ -10,7 +10,7 @@ from typing import Any
 
 from deepfusion import __version__, jobs, progress
 from deepfusion.errors import InputError
-from deepfusion.folders import claim_run
+from deepfusion.folders import LOCK, claim_run, is_locked
 from deepfusion.inputs import local_inputs
 from deepfusion.manifest import MANIFEST, Manifest, StageEntry
 from deepfusion.plan import Plan
@@ -149,11 +149,16 @@ def run(
 
 
 def status(out: Path) -> dict[str, Any]:
-    """What `deepfusion status --json` prints."""
+    """What `deepfusion status --json` prints: waiting, running, interrupted, failed, done, or outdated since a stage
+    before was made anew.
+    """
     waiting = (out / "federation").is_dir() and not (out / MANIFEST).is_file()
     stages = {} if waiting else Manifest.read(out).stages
     keep = {"status", "seconds", "peak_rss_bytes"}
     rows = [{"name": name, **stages.get(name, StageEntry()).model_dump(include=keep)} for name in NAMES]
+    for row in rows:
+        if row["status"] == "running" and not ((out / LOCK).is_file() and is_locked(out / LOCK)):
+            row["status"] = "interrupted"
     return {"run": str(out), "stages": rows}
 
 

@@ -15,6 +15,7 @@ from conftest import digests, write_config
 from deepfusion import pipeline, plugins
 from deepfusion.config import load_config
 from deepfusion.errors import InputError
+from deepfusion.folders import LOCK, locked
 from deepfusion.learning.distillation import Distiller
 from deepfusion.manifest import Key, Manifest
 from deepfusion.pipeline import NAMES
@@ -183,6 +184,20 @@ def test_a_moved_base_of_the_same_content_is_the_same_to_merge_and_evaluate():
     found = go_on("distill.base=models/moved")
     assert "distill" not in kept(found)  # where the base lies is said to it
     assert {"merge", "evaluate"} <= set(kept(found))
+
+
+def test_a_stage_that_nobody_runs_any_more_is_interrupted():
+    manifest = Manifest.read(RUN)
+    manifest.stages["tune"] = manifest.stages["tune"].model_copy(update={"status": "running"})
+    manifest.write(RUN)
+
+    def state() -> str:
+        return {stage["name"]: stage["status"] for stage in pipeline.status(RUN)["stages"]}["tune"]
+
+    assert state() == "interrupted"
+    with locked(RUN / LOCK):
+        assert state() == "running"
+    assert state() == "interrupted"
 
 
 def test_what_was_made_of_something_older_is_outdated(invoke):

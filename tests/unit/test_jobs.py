@@ -55,6 +55,36 @@ def test_workers_keep_the_order_and_pass_errors_on():
     assert psutil.wait_procs(workers, timeout=30)[1] == []
 
 
+def die(number: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL if number == 1 else 0)
+    return number
+
+
+def test_a_worker_that_the_system_ends_is_said_in_one_line():
+    with pytest.raises(InputError, match=r"^jobs: a worker process has died.*worker-died"):
+        jobs.run_jobs(die, [{"number": i} for i in range(4)], 2)
+    assert jobs.run_jobs(describe, [{"number": i} for i in range(2)], 2)[1]["number"] == 1
+
+
+def test_a_program_without_a_guard_is_told_so(tmp_path):
+    """Its workers read it again and would start runs of their own."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from deepfusion import fuse, jobs, InputError\n"
+        "import deepfusion.api, deepfusion.pipeline\n"
+        "deepfusion.pipeline.run = lambda *_, **__: jobs.run_jobs(divmod, [{}, {}], 2)\n"
+        "try:\n    fuse('models', 'run')\n"
+        "except InputError as error:\n    print(error)\n"
+    )
+    (tmp_path / "models").mkdir()
+    done = subprocess.run(
+        [sys.executable, program], capture_output=True, text=True, check=False, cwd=tmp_path, timeout=120
+    )
+    assert "worker-died" in done.stdout, done.stderr
+    assert 'if __name__ == "__main__":' in done.stdout
+    assert "Traceback" not in done.stderr
+
+
 def test_a_single_job_stays_in_this_process():
     assert jobs.run_jobs(describe, [{"number": 5}], 2)[0]["process"] == os.getpid()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import entry_points
 from typing import Annotated
 
@@ -27,7 +28,11 @@ app.add_typer(device_app, name="device")
 app.add_typer(server_app, name="server")
 app.add_typer(config_app, name="config")
 for command in entry_points(group="deepfusion.commands"):
-    app.add_typer(command.load(), name=command.name)
+    try:
+        app.add_typer(command.load(), name=command.name)
+    except Exception as error:  # of another package: its command is missing, all others work
+        origin = command.dist.name if command.dist else command.module
+        print(f"deepfusion: no command {command.name}, for {origin} is broken ({error!r})", file=sys.stderr)
 
 
 def _version(wanted: bool) -> None:
