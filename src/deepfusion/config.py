@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ValidationError
 from deepfusion import plugins, progress
 from deepfusion.errors import InputError
 from deepfusion.folders import write_whole
-from deepfusion.schema import Config, DeviceSpec, Named, effective_handover
+from deepfusion.schema import Config, DeviceSpec, Named, effective_handover, without_effect
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -90,7 +90,17 @@ def load_config(
         and "clustering.proxies" in _conflicting(layered)
     ):
         del layered["clustering"]["proxies"]  # fuse.yaml has as many as fit: it gives way to what a user sets
-    return parse_config(layered, path, given)
+    config = parse_config(layered, path, given)
+    defaults = {key: default for key, _, default, _ in explain()} if given else {}
+    for override in given:
+        key, _, value = override.partition("=")
+        wish, usual = _parse_value(value, override), defaults.get(key)
+        by_recipe = _has(RECIPES.get(config.recipe, {}), key)
+        # What switches something off, or says what is so anyway, changes nothing and is in nobody's way.
+        if wish and (wish != usual or by_recipe) and (why := without_effect(config, key)) is not None:
+            what, fix = f"{key} has no effect: {why}", f"leave out --set {key}, or change the other key"
+            raise InputError(what, where=f"--set {override}", fix=fix, code="contradiction")
+    return config
 
 
 def parse_config(values: dict[str, Any], where: object = "config", overrides: Sequence[str] = ()) -> Config:

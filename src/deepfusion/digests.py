@@ -22,7 +22,8 @@ def sha256_file(path: Path | str) -> str:
 
 
 class Digests:
-    """SHA-256 of files, each read once: what was read is known again by its path, size, time of change and inode.
+    """SHA-256 of files, each read once: what was read is known again by its path, size, inode, and when content and
+    inode were changed.
 
     Args:
         memory: file that keeps it for the next process; a damaged one is forgotten.
@@ -36,12 +37,12 @@ class Digests:
     def sha256(self, path: Path | str) -> str:
         """Of a file, 64 hex digits."""
         name, stat = self._name(Path(path)), Path(path).stat()
-        mark = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        mark = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         known = self._known.get(name)
-        if known is None or known[:3] != mark:
+        if known is None or known[:-1] != mark:
             known = self._known[name] = [*mark, sha256_file(path)]
             self._new = True
-        return str(known[3])
+        return str(known[-1])
 
     def moved(self, old: Path, new: Path) -> None:
         """What is known of a file or folder is known of it under its new name too."""
@@ -66,8 +67,7 @@ def _read_memory(path: Path) -> dict[str, list[int | str]]:
     try:
         found = json.loads(path.read_text("utf-8"))
         return {
-            name: [int(size), int(time), int(inode), str(digest)]
-            for name, (size, time, inode, digest) in found.items()
+            name: [*(int(number) for number in mark), str(digest)] for name, (*mark, digest) in found.items()
         }
     except (OSError, ValueError, TypeError, AttributeError):
         return {}

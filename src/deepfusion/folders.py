@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from deepfusion.errors import InputError
 
 KEY = "key"
+_PART = re.compile(r"\..+\.[0-9a-f]{8}\.part")  # of `write_whole`
 """File in a work folder with the digest of what was asked; it proves that the folder is ours."""
 
 LOCK = ".lock"
@@ -77,6 +78,12 @@ def claim_run(out: Path, inputs: Iterable[Path] = ()) -> Path:
         return _place(out, inputs)
     found = place(out, inputs)
     if odd := next((path for path in _entries(found) if not _is_idle_lock(path)), None):
+        if (found / "manifest.json").exists() or (found / ".work").is_dir():
+            what = (
+                "manifest.json is missing or damaged, so what lies here cannot be told from what others made"
+            )
+            fix = "bring manifest.json back, or choose another --out; deepfusion fuse takes the uploads in it"
+            raise InputError(what, where=out, fix=fix, code="not-a-run")
         what = f"the folder holds {odd.name} and is no run folder"
         raise InputError(what, where=out, fix="choose another --out", code="not-a-run")
     return found
@@ -373,6 +380,20 @@ def remove(folder: Path) -> None:
             path.unlink()
     (folder / KEY).unlink(missing_ok=True)
     folder.rmdir()
+
+
+def clear_parts(folder: Path) -> None:
+    """Remove the parts of files that a killed process left in a folder where nobody else works."""
+    for path in folder.glob(".*.part"):
+        if _PART.fullmatch(path.name) and path.is_file():
+            path.unlink()
+
+
+def clear_work(folder: Path) -> None:
+    """Remove the work folders of `whole_folder` that a killed process left anywhere in a folder of ours."""
+    for path in list(folder.rglob(".*.part")):
+        if path.is_dir() and (path / KEY).is_file():
+            remove(path)
 
 
 def _let_go(folder: Path) -> None:

@@ -132,7 +132,7 @@ class StageEntry(Outcome):
         """As `Key.differences`."""
         if isinstance(self.key, Key):
             return self.key.differences(asked)
-        return ["other data, seeds, settings or checkpoints"]
+        return ["other data, seeds, settings or checkpoints than those in its config.yaml"]
 
 
 class Manifest(BaseModel):

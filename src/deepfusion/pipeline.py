@@ -11,7 +11,7 @@ from typing import Any
 from deepfusion import __version__, jobs, progress
 from deepfusion.errors import InputError
 from deepfusion.folders import LOCK, claim_run, is_locked
-from deepfusion.inputs import local_inputs
+from deepfusion.inputs import local_inputs, private_sources, public_sources
 from deepfusion.manifest import MANIFEST, Manifest, StageEntry
 from deepfusion.plan import Plan
 from deepfusion.resume import Stage, refuse_another_federation, take_over
@@ -29,6 +29,7 @@ from deepfusion.stages import (
     report,
     tune,
 )
+from deepfusion.text.sources import require_sources
 from deepfusion.uploads.intake import given_folders
 
 _SPLIT_KEYS = (
@@ -120,6 +121,8 @@ def run(
     replaced = {stage.name: stage for stage in instead}
     stages = [replaced.get(stage.name, stage) for stage in STAGES]
     given_paths = [Path(path) for stage in instead for path in stage.inputs.values() if os.path.isabs(path)]
+    if "private" in stages[0].reads:
+        require_sources([*private_sources(config), *public_sources(config)])
     shown, out = out, claim_run(out, [*local_inputs(config), *given_paths])
     plan = Plan(config, stages[0])
     with opened(out) as folder:

@@ -14,6 +14,7 @@ from deepfusion.families import bases
 from deepfusion.families.base import check_family
 from deepfusion.families.bases import base_checkpoint
 from deepfusion.learning.memory import estimate_training_bytes, require_memory
+from deepfusion.learning.vaa import block_ends
 from deepfusion.models.architecture import parameter_total, read_config
 from deepfusion.resume import Stage
 from deepfusion.schema import Config
@@ -83,6 +84,9 @@ class Plan:
         for group, key in plugins.KEYS.items():
             plugins.load(group, attrgetter(key)(config))
         moe = check_family(bases.layout(config), base)
+        if config.distill.steps and config.distill.alpha:
+            depths = [known.num_hidden_layers for known in (base, *(t.config for t in self._teachers))]
+            block_ends(min(depths), config.distill.vaa.blocks)
         weights = 4 * parameter_total(base)
         # K bases, a trunk, the merged MoE, its control and the tuned two, and the checkpoints of a training (weights,
         # two moments).

@@ -117,7 +117,16 @@ def refuse_another_federation(
         InputError: the run folder holds uploads that are not those asked for (`another-run`).
     """
     entry = manifest.stages.get(stage.name)
-    if entry is None or first == stage.name or not (differences := entry.differences(key)):
+    if entry is None or first == stage.name:
+        return
+    lost = [name for name in entry.digests if not (run / name).exists()]
+    if lost and entry.source == DEVICES and any(run.glob("uploads/*/card.json")):
+        what, fix = (
+            f"{', '.join(lost)} is missing beside the uploads",
+            f"bring it back, or --from {stage.name}",
+        )
+        raise InputError(what, where=run, fix=f"{fix} to train the devices again", code="another-run")
+    if not (differences := entry.differences(key)):
         return
     trained, given = entry.source == DEVICES, "given" in stage.inputs
     if not trained and given:
@@ -174,7 +183,7 @@ def take_over(manifest: Manifest, stages: Iterable[Stage], run: Path, digests: D
             stage.name: _key_0(stage, values, config, manifest.version, run, digests) for stage in stages
         }
         new_keys = {stage.name: stage_key(stage, config, run, digests) for stage in stages}
-    except (OSError, yaml.YAMLError, InputError, KeyError, TypeError):
+    except (OSError, ValueError, yaml.YAMLError, InputError, KeyError, TypeError, AttributeError):
         return  # what cannot be read again has to be made again
     for name, entry in manifest.stages.items():
         if entry.key and entry.key == old_keys.get(name):

@@ -25,7 +25,18 @@ from deepfusion.config import config_digest, save_config
 from deepfusion.digests import MEMORY, Digests, tree_digest
 from deepfusion.errors import InputError
 from deepfusion.families.bases import base_checkpoint
-from deepfusion.folders import LOCK, is_run, locked, make, open_work, remove, sync, write_whole
+from deepfusion.folders import (
+    LOCK,
+    clear_parts,
+    clear_work,
+    is_run,
+    locked,
+    make,
+    open_work,
+    remove,
+    sync,
+    write_whole,
+)
 from deepfusion.manifest import MANIFEST, Key, Manifest, Outcome, StageEntry
 from deepfusion.report.page import is_report
 from deepfusion.resume import Stage, stage_key
@@ -35,6 +46,7 @@ PACKAGES = (
     *("torch", "transformers", "accelerate", "peft", "datasets"),
     *("safetensors", "tokenizers", "scikit-learn", "numpy"),
 )
+_UPLOADS = ("device",)  # the registry looks at each; training devices again is no way to mend one
 _REDONE = ("report",)  # cheap, and it shows the seconds of all others
 
 
@@ -50,6 +62,8 @@ def opened(path: Path) -> Iterator[RunFolder]:
     what = "another process works in this run folder"
     with locked(path / LOCK, InputError(what, where=path, fix="wait for it", code="run-busy")):
         try:
+            if is_run(path):
+                clear_parts(path)
             yield RunFolder(path)
         except BaseException:
             if not is_run(path):
@@ -101,6 +115,11 @@ class RunFolder:
             asked = entry.key  # what could not be known then may be known now
         made = entry.status in ("done", "outdated")
         kept = made and not changed and not redo and stage.name not in _REDONE
+        if kept and (altered := [f"{name} was changed since" for name in self._altered(entry)]):
+            if stage.name in _UPLOADS:
+                progress.say(f"[{stage.name}] {'; '.join(altered)}: the registry looks at each upload")
+            else:
+                changed, kept = altered, False
         if kept and all((self.path / path).exists() for path in entry.digests):
             entry.status = "done"
             remove(self._work(stage))  # of a run that was killed while it cleaned up
@@ -131,6 +150,15 @@ class RunFolder:
                 )
                 entry.status = "outdated" if outdated else "done"
         self.write()
+
+    def _altered(self, entry: StageEntry) -> list[str]:
+        """The outputs that are there, but not as the stage made them."""
+        places = ((name, self.path / name, digest) for name, digest in entry.digests.items())
+        return [
+            name
+            for name, place, digest in places
+            if os.path.lexists(place) and tree_digest(place, self.digests.sha256) != digest
+        ]
 
     def _status(self, output: str) -> str:
         """Of the stage that makes this output."""
@@ -183,12 +211,13 @@ class RunFolder:
         found = Outcome.model_validate_json((work / "finished.json").read_bytes())
         entry.known.append(found.digests)  # a run that is killed below leaves some of these behind
         self.write()
+        clear_work(work / "out")
         for path in stage.outputs:
             new = work / "out" / path
             if new.exists() or path not in found.digests:  # what an earlier config made goes too
                 self._retire(path, work, entry.known)
             if new.exists():
-                (self.path / path).parent.mkdir(parents=True, exist_ok=True)
+                make((self.path / path).parent)
                 os.rename(new, self.path / path)
                 self.digests.moved(new, self.path / path)
         for name in Outcome.model_fields:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -452,11 +452,11 @@ def _contradictions(config: Config) -> Iterator[PydanticCustomError]:
             allowed="more with distill.trunk_share=1, as in recipe fused, and merge.router=random",
             fix="--set clustering.proxies=null", code="contradiction",
         )  # fmt: skip
-    for name in ("ce_weight", "beta", "chunk_weight"):
+    for name in ("ce_weight", "beta", "chunk_weight", "temperature"):
         value, usual = getattr(tune, name), getattr(TuneSection(), name)
         if value != usual and not tune.teachers:
             yield _contradiction(
-                f"tune.{name}={value:g} weighs cross-entropy against teachers, but tune.teachers is false",
+                f"tune.{name}={value:g} is for learning from teachers, but tune.teachers is false",
                 (f"tune.{name}", "recipe", "tune.teachers"), allowed="the default, or tune.teachers=true",
                 fix=f"--set tune.{name}={usual:g}", code="contradiction",
             )  # fmt: skip
@@ -491,9 +491,7 @@ def _contradictions_of_numbers(config: Config) -> Iterator[PydanticCustomError]:
         names = [device.id for device in devices if device.id]
         for name in (name for name in names if names.count(name) > 1):
             yield _contradiction(f"devices: the id {name} stands twice", ("devices",))
-    specified = devices if isinstance(devices, list) else []
-    methods = {config.device.method, *(device.method for device in specified if device.method)}
-    if config.device.upload != "weights" and methods != {"full"}:
+    if config.device.upload != "weights" and _methods(config) != {"full"}:
         yield _contradiction(
             f"device.upload={config.device.upload} is for method full; adapters are small as they are",
             ("device.upload", "device.method", "devices"),
@@ -503,8 +501,81 @@ def _contradictions_of_numbers(config: Config) -> Iterator[PydanticCustomError]:
             "distill.vaa.patches must be a multiple of distill.vaa.blocks",
             ("distill.vaa.patches", "distill.vaa.blocks"),
         )
+    if vaa.width % vaa.heads:
+        yield _contradiction(
+            "distill.vaa.width must be a multiple of distill.vaa.heads",
+            ("distill.vaa.width", "distill.vaa.heads"),
+        )
+    if config.clustering.proxies is not None and config.clustering.proxies < config.experts:
+        yield _contradiction(
+            f"clustering.proxies={config.clustering.proxies} is fewer than experts={config.experts}, "
+            "each of which has a proxy",
+            ("clustering.proxies", "experts"), allowed=f"{config.experts} or more, or null", code="contradiction",
+        )  # fmt: skip
+    distill = config.distill
+    each = distill.steps - round(distill.steps * distill.trunk_share)
+    if distill.trunk_share < 1 and 0 < each < config.experts:
+        yield _contradiction(
+            f"distill.steps={distill.steps} leaves {each} steps for experts={config.experts} bases, so none for each",
+            ("distill.steps", "distill.trunk_share", "experts", "recipe"),
+            allowed="as many steps as bases, or 0, or distill.trunk_share=1", code="contradiction",
+        )  # fmt: skip
     if isinstance(config.data.test, float) and not 0 < config.data.test < 1:
         yield _contradiction("data.test as a share must lie between 0 and 1", ("data.test",))
+
+
+def without_effect(config: Config, key: str) -> str | None:
+    """Why nothing reads a key in a config like this; None where something does."""
+    for keys, idle, why in _IDLE:
+        if any(key == one or key.startswith(f"{one}.") for one in keys) and idle(config):
+            return why
+    return None
+
+
+def _methods(config: Config) -> set[str]:
+    listed = config.devices if isinstance(config.devices, list) else []
+    return {config.device.method, *(device.method for device in listed if device.method)}
+
+
+def _unread(source: str) -> Callable[[Config], bool]:
+    return lambda config: source not in config.data.public
+
+
+# Keys and sections, when nothing reads them, and why.
+_IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
+    (
+        ("tune.batch_size", "tune.learning_rate", "tune.train_experts", "tune.teachers", "tune.balance_weight",
+         "tune.ce_weight", "tune.beta", "tune.chunk_weight", "tune.temperature"),
+        lambda config: not config.tune.steps, "tune.steps is 0",
+    ),
+    (
+        ("distill.batch_size", "distill.learning_rate", "distill.method", "distill.ce_weight", "distill.alpha",
+         "distill.beta", "distill.chunk_weight", "distill.temperature", "distill.vaa", "distill.train",
+         "distill.trunk_share"),
+        lambda config: not config.distill.steps, "distill.steps is 0",
+    ),
+    (
+        ("distill.train",), lambda config: config.distill.trunk_share == 1,
+        "distill.trunk_share is 1, as in recipe fused: there is a trunk alone, and all of it is trained",
+    ),
+    (("distill.vaa",), lambda config: not config.distill.alpha, "distill.alpha is 0"),
+    (
+        ("distill.temperature",), lambda config: not (config.distill.beta or config.distill.chunk_weight),
+        "distill.beta and distill.chunk_weight are 0",
+    ),
+    (
+        ("data.sampled_documents",), _unread("sampled"), "data.public does not name sampled",
+    ),
+    (("data.generic", "data.generic_documents"), _unread("generic"), "data.public does not name generic"),
+    (("data.public_fraction",), _unread("in_domain"), "data.public does not name in_domain"),
+    (("device.lora_rank",), lambda config: _methods(config) == {"full"}, "every device trains all its weights"),
+    (("device.types",), lambda config: isinstance(config.devices, list), "each of the devices has a type"),
+    (
+        ("clustering.restarts",), lambda config: config.clustering.assignment != "kmeans",
+        "clustering.assignment is not kmeans",
+    ),
+    (("federation.s3",), lambda config: config.federation.sink != "s3", "federation.sink is not s3"),
+)  # fmt: skip
 
 
 def _contradiction(

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from conftest import digests, write_config
+from deepfusion import digests as digests_module
 from deepfusion import pipeline, plugins
 from deepfusion.config import load_config
+from deepfusion.digests import sha256_file
 from deepfusion.errors import InputError
 from deepfusion.folders import LOCK, locked
 from deepfusion.learning.distillation import Distiller
@@ -129,17 +131,95 @@ def test_devices_of_a_killed_0_1_0_are_not_trained_again():
     assert digests(RUN, "uploads").items() > before.items()
 
 
-def test_a_second_start_reads_no_upload():
+def test_a_second_start_reads_no_upload(monkeypatch):
     go_on()
     weights = RUN / "uploads" / "ward" / "model.safetensors"
+    read: list[Path] = []
+    monkeypatch.setattr(digests_module, "sha256_file", lambda path: read.append(path) or sha256_file(path))
+    assert kept(go_on()) == list(NAMES[:-1])
+    assert [path for path in read if path.suffix == ".safetensors"] == []
     stat = weights.stat()
-    with weights.open("r+b") as file:  # whoever reads it now finds another digest
+    with weights.open("r+b") as file:
         file.seek(-4, os.SEEK_END)
         file.write(b"1234")
-    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert kept(go_on()) == list(NAMES[:-1])
-    os.utime(weights)  # a file that looks otherwise is read
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as if nothing had happened
     assert "digest-mismatch" in refusal().what
+    assert "[device] uploads was changed since" in (RUN / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("place", "first", "damage"),
+    [
+        ("clusters.json", "cluster", "altered"),
+        ("proxies/0/model.safetensors", "proxy", "removed"),
+        ("bases/corpus.jsonl", "distill", "emptied"),
+        ("bases/0/config.json", "distill", "altered"),
+        ("moe/merged/model.safetensors", "merge", "altered"),
+        ("moe/final/model.safetensors", "tune", "emptied"),
+        ("evaluation.json", "evaluate", "removed"),
+    ],
+)
+def test_a_damaged_output_is_made_again(place, first, damage):
+    go_on(first="cluster")  # the machine that made the fixture may round otherwise
+    before = digests(RUN, "proxies", "bases", "moe")
+    path = RUN / place
+    if damage == "removed":
+        path.unlink()
+    elif damage == "emptied":
+        path.write_bytes(b"")
+    else:
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1
+        path.write_bytes(content)
+    found = go_on()
+    assert first not in kept(found)
+    assert kept(found)[: NAMES.index(first)] == list(NAMES[: NAMES.index(first)])
+    after = digests(RUN, "proxies", "bases", "moe")
+    assert {name: digest for name, digest in after.items() if ".kept-" not in name} == before
+
+
+def test_a_file_in_the_place_of_an_output_is_kept_beside_it():
+    go_on()
+    shutil.rmtree(RUN / "moe" / "final")
+    (RUN / "moe" / "final").write_text("mine")
+    assert "tune" not in kept(go_on())
+    assert (RUN / "moe" / "final" / "config.json").is_file()
+    assert (RUN / "moe" / "final.kept-1").read_text() == "mine"
+    shutil.rmtree(RUN / "moe")
+    (RUN / "moe").write_text("mine")
+    assert refusal().code == "bad-out"
+
+
+def test_devices_are_not_trained_again_for_a_lost_record():
+    (RUN / "transport.json").unlink()
+    error = refusal()
+    assert error.code == "another-run"
+    assert "transport.json is missing" in error.what
+    assert (RUN / "uploads" / "ward" / "card.json").is_file()
+
+
+def test_data_that_is_not_there_is_said_to_be_missing():
+    Path("ward.jsonl").rename("elsewhere.jsonl")
+    assert refusal().code == "no-data"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]"])
+def test_a_damaged_config_of_an_old_run_makes_no_traceback(content):
+    (RUN / "config.yaml").write_bytes(content)
+    assert refusal().code == "another-run"
+
+
+def test_a_damaged_manifest_is_named():
+    (RUN / "manifest.json").write_text("{")
+    assert "manifest.json is missing or damaged" in refusal().what
+
+
+def test_what_a_killed_process_left_is_cleared_away():
+    (RUN / ".manifest.json.0123abcd.part").write_text("{")
+    (RUN / ".mine.part").write_text("mine")
+    go_on()
+    assert not (RUN / ".manifest.json.0123abcd.part").exists()
+    assert (RUN / ".mine.part").read_text() == "mine"
 
 
 def one_way(config: Config, inputs: dict[str, Path], out: Path) -> dict[str, Any]:

@@ -170,8 +170,8 @@ class ViewAlignedAttention(nn.Module):
 def _require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
     if value < 1 or value % divisor:
         raise InputError(
-            f"{value} is not a multiple of distill.{divisor_name} ({divisor})",
-            where=f"distill.{name}",
+            f"{value} is not a multiple of distill.vaa.{divisor_name} ({divisor})",
+            where=f"distill.vaa.{name}",
             allowed=f"{divisor}, {2 * divisor}, {3 * divisor}, ...",
             code=f"{name}-not-divisible",
         )

