@@ -8,7 +8,15 @@ from pathlib import Path
 
 from deepfusion import pipeline
 from deepfusion.config import CONFIGS, load_config
+from deepfusion.errors import InputError
 from deepfusion.schema import Config
+
+_OF_DEVICES = (
+    "devices", "data.partition", "federation.wait_for", "federation.deadline",
+    *(f"device.{key}" for key in ("types", "method", "lora_rank", "upload", "steps", "epochs", "batch_size",
+                                  "learning_rate")),
+)  # fmt: skip
+"""What only the training of devices reads."""
 
 
 def run(
@@ -66,6 +74,13 @@ def fuse(
     _end_a_copy()
     if isinstance(config, Config) and overrides:
         raise ValueError("overrides are for load_config, where the config is made")
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if any(key == one or key.startswith(f"{one}.") for one in _OF_DEVICES):
+            raise InputError(
+                f"{key} has no effect: the models that are given were trained by others", where=f"--set {override}",
+                fix=f"leave out --set {key}", code="contradiction",
+            )  # fmt: skip
     settings = (
         config if isinstance(config, Config) else load_config(config or CONFIGS / "fuse.yaml", overrides)
     )

@@ -181,7 +181,7 @@ class RunFolder:
         work = self._work(stage)
         inputs = {name: self.path / path for name, path in stage.inputs.items()}
         inputs |= {"run": self.path, "base": base_checkpoint(config)}
-        spent = float((work / "seconds").read_text("utf-8")) if (work / "seconds").is_file() else 0.0
+        spent = _seconds(work / "seconds")
         out = work / "out"
         try:
             with _Watch(work / "seconds", spent) as watch:
@@ -192,6 +192,7 @@ class RunFolder:
             with suppress(OSError):  # a full disk is said by the error that comes
                 self.write()
             raise
+        clear_work(out)
         for path in out.rglob("*"):
             if path.is_file():
                 sync(path)
@@ -211,7 +212,6 @@ class RunFolder:
         found = Outcome.model_validate_json((work / "finished.json").read_bytes())
         entry.known.append(found.digests)  # a run that is killed below leaves some of these behind
         self.write()
-        clear_work(work / "out")
         for path in stage.outputs:
             new = work / "out" / path
             if new.exists() or path not in found.digests:  # what an earlier config made goes too
@@ -240,6 +240,13 @@ class RunFolder:
             aside = old.with_name(f"{old.name}.kept-{number}")
             progress.say(f"{old} was changed since it was made here: it is kept as {aside.name}")
         os.rename(old, aside)
+
+
+def _seconds(file: Path) -> float:
+    try:
+        return float(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return 0.0
 
 
 class _Watch:

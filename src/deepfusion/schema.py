@@ -122,7 +122,7 @@ class DataSection(Section):
     )
     test: float | str = Field(0.1, description="held-out share of the documents of data.private, or a file")
     limit: int | None = Field(
-        None, ge=10, le=MOST_DOCUMENTS, description="use at most so many documents of each source"
+        None, ge=10, le=MOST_DOCUMENTS, description="use at most so many documents of each private source"
     )
     partition: PartitionSection = Field(
         PartitionSection(), description="how private text is spread over the devices"
@@ -533,8 +533,9 @@ def without_effect(config: Config, key: str) -> str | None:
 
 
 def _methods(config: Config) -> set[str]:
+    """Those by which the devices of a config train."""
     listed = config.devices if isinstance(config.devices, list) else []
-    return {config.device.method, *(device.method for device in listed if device.method)}
+    return {device.method or config.device.method for device in listed} or {config.device.method}
 
 
 def _unread(source: str) -> Callable[[Config], bool]:
@@ -570,6 +571,11 @@ _IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
     (("data.public_fraction",), _unread("in_domain"), "data.public does not name in_domain"),
     (("device.lora_rank",), lambda config: _methods(config) == {"full"}, "every device trains all its weights"),
     (("device.types",), lambda config: isinstance(config.devices, list), "each of the devices has a type"),
+    (
+        ("device.method",),
+        lambda config: isinstance(config.devices, list) and all(device.method for device in config.devices),
+        "each of the devices has a method",
+    ),
     (
         ("clustering.restarts",), lambda config: config.clustering.assignment != "kmeans",
         "clustering.assignment is not kmeans",

@@ -226,12 +226,14 @@ def test_changed_tuning_redoes_only_what_follows(mine, values):
 def test_without_the_control_its_files_go_and_the_rest_stays(mine, values):
     final = digests(mine, "moe/final")
     without = overlay(values, tune={"control": False})
-    assert redone(mine, lambda: run_settings(without, mine)) == {"tune", "evaluate", "report"}
+    changed = {"merge", "tune", "evaluate", "report"}
+    assert redone(mine, lambda: run_settings(without, mine)) == changed
     assert not (mine / "moe" / "control").exists()
+    assert not (mine / "moe" / "untaught").exists()
     assert json.loads((mine / "evaluation.json").read_text("utf-8"))["references"]["no_distillation"] is None
     assert digests(mine, "moe/final").keys() == final.keys()
     assert redone(mine, lambda: run_settings(without, mine)) == {"report"}
-    assert redone(mine, lambda: run_settings(values, mine)) == {"tune", "evaluate", "report"}
+    assert redone(mine, lambda: run_settings(values, mine)) == changed
     assert (mine / "moe" / "control" / "config.json").is_file()
     assert digests(mine, "moe/final") == final
 

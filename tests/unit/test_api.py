@@ -94,3 +94,11 @@ def test_one_override_that_is_no_list_is_a_mistake_of_the_program() -> None:
 def test_run_takes_the_file_of_a_config(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no-config"):
         deepfusion.run(tmp_path / "missing.yaml", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "override", ["device.steps=3", "devices=3", "federation.wait_for=2", "device.types=[x]"]
+)
+def test_fuse_refuses_what_only_devices_read(tmp_path: Path, override: str) -> None:
+    with pytest.raises(InputError, match="contradiction"):
+        deepfusion.fuse(tmp_path, tmp_path / "run", overrides=[override])

@@ -21,7 +21,7 @@ from deepfusion.config import (
     save_config,
 )
 from deepfusion.errors import InputError
-from deepfusion.schema import Config, effective_handover
+from deepfusion.schema import _IDLE, Config, effective_handover
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
@@ -101,6 +101,68 @@ CONTRADICTIONS = [
         "random_uneven",
     ),
 ]
+
+
+WITHOUT_EFFECT = [
+    (["tune.steps=0", "tune.learning_rate=0.1"], "tune.steps is 0"),
+    (["distill.steps=0", "distill.alpha=2"], "distill.steps is 0"),
+    (["distill.train=all"], "distill.trunk_share is 1"),
+    (["distill.alpha=0", "distill.vaa.width=128"], "distill.alpha is 0"),
+    (["distill.beta=0", "distill.chunk_weight=0", "distill.temperature=2"], "distill.beta and"),
+    (["data.public=[in_domain]", "data.sampled_documents=7"], "does not name sampled"),
+    (["data.generic_documents=7"], "does not name generic"),
+    (["data.public=[sampled]", "data.public_fraction=0.2"], "does not name in_domain"),
+    (["device.lora_rank=3"], "every device trains all its weights"),
+    (["device.types=[tiny-gpt2]"], "each of the devices has a type"),
+    (
+        [
+            "devices=[{type: tiny-gpt2, method: full, data: a.jsonl}]",
+            "experts=1",
+            "top_k=1",
+            "device.method=lora",
+        ],
+        "each of the devices has a method",
+    ),
+    (["clustering.assignment=random", "clustering.restarts=3"], "not kmeans"),
+    (["federation.s3.bucket=b"], "federation.sink is not s3"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "why"), WITHOUT_EFFECT, ids=str)
+def test_what_nothing_reads_is_refused(overrides, why):
+    with pytest.raises(InputError) as caught:
+        load_config(overrides=overrides)
+    error = caught.value
+    assert (error.code, error.where) == ("contradiction", f"--set {overrides[-1]}")
+    assert error.what.startswith(f"{overrides[-1].partition('=')[0]} has no effect: ")
+    assert why in error.what
+    assert load_config(overrides=overrides[:-1])
+
+
+def test_keys_that_may_be_without_effect_are_keys():
+    named = {key for keys, *_ in _IDLE for key in keys}
+    known = set(known_keys())
+    assert {key for key in named if not any(f"{one}.".startswith(f"{key}.") for one in known)} == set()
+
+
+IMPOSSIBLE = [
+    (["clustering.proxies=2"], "fewer than experts=4"),
+    (["recipe=paper", "distill.steps=3"], "leaves 3 steps for experts=4 bases"),
+    (["distill.trunk_share=0.9", "distill.steps=10"], "leaves 1 steps"),
+    (["distill.vaa.heads=3"], "distill.vaa.width must be a multiple of distill.vaa.heads"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "what"), IMPOSSIBLE, ids=str)
+def test_what_cannot_be_is_refused_before_any_work(overrides, what):
+    with pytest.raises(InputError, match=what):
+        load_config(overrides=overrides)
+
+
+def test_an_upload_of_changes_goes_with_devices_that_all_say_full():
+    devices = "devices=[{type: tiny-gpt2, method: full, data: a.jsonl}]"
+    given = [devices, "experts=1", "top_k=1", "device.upload=delta8"]
+    assert load_config(overrides=given).device.upload == "delta8"
 
 
 @pytest.mark.parametrize(("overrides", "what", "fix"), CONTRADICTIONS, ids=str)

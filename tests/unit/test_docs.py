@@ -248,7 +248,7 @@ def test_examples_run(tmp_path: Path) -> None:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "HF_HUB_OFFLINE": "1",
     }
-    overrides = [part for one in SMALLEST for part in ("--set", one)]
+    overrides = [part for one in SMALLEST[1:] for part in ("--set", one)]  # no device trains
     command = ["bash", str(ROOT / "examples" / "fuse_checkpoints.sh"), "run", *overrides]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -172,6 +172,23 @@ def test_continues_instead_of_starting_again(tmp_path, undisturbed, capsys):
     assert same(weights(net), undisturbed)
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trained.safetensors"])
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, undisturbed, name, cut, capsys):
+    with pytest.raises(Interrupted):
+        fit(Net(), tmp_path, batches(), stop_at(20))
+    newest = max(tmp_path.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    file = Path(shutil.copytree(newest, tmp_path / "checkpoint-25")) / name
+    if cut:
+        file.write_bytes(file.read_bytes()[:-8])
+    else:
+        file.unlink()
+    net = Net()
+    fit(net, tmp_path, batches())
+    assert same(weights(net), undisturbed)
+    assert f"continues at step {newest.name.split('-')[1]} of" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("damage", ["no state", "half a state", "no weights yet"])
 def test_half_written_checkpoint_is_ignored(tmp_path, undisturbed, damage):
     with pytest.raises(Interrupted):

@@ -41,10 +41,10 @@ def print_json(value: Any) -> None:
 def print_outcome(run: Path, json_: bool) -> None:
     """What a run came to, as far as it was made of what stands there now."""
     stages = Manifest.read(run).stages
-    current = {name for name, entry in stages.items() if entry.status == "done"}
+    behind = {name for name, entry in stages.items() if entry.status != "done"}
     outdated = [name for name, entry in stages.items() if entry.status == "outdated"]
     final, page = run / "moe" / "final", run / "report" / "index.html"
-    measured = Evaluation.find(run / "evaluation.json") if "evaluate" in current else None
+    measured = Evaluation.find(run / "evaluation.json") if "evaluate" not in behind else None
     if json_:
         done = measured and measured.model_dump()
         return print_json(
@@ -55,7 +55,7 @@ def print_outcome(run: Path, json_: bool) -> None:
 
         rich.print(summary_table(run))
     for name, stage, path in (("checkpoint", "tune", final), ("report", "report", page)):
-        if path.exists() and stage in current:
+        if path.exists() and stage not in behind:
             print(f"{name}: {path}")
     if outdated:
         print(f"outdated, for what they are made of has changed: {', '.join(outdated)}")

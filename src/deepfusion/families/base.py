@@ -10,7 +10,6 @@ own matter, as is all else that depends on its class. A family is one object in 
 from __future__ import annotations
 
 import re
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from deepfusion import plugins
 from deepfusion.errors import InputError
-from deepfusion.models.architecture import architecture
+from deepfusion.models.architecture import architecture, first_line
 from deepfusion.models.checkpoints import TensorReader, check_same_tensors, mean_tensor
 
 Scores = Literal["softmax", "sigmoid"]
@@ -307,20 +306,16 @@ def check_family(layout: MoELayout, base_config: PretrainedConfig) -> Pretrained
         return config
     readers: Any = [_Shapes(architecture(base_config).tensors)] * layout.experts
     sizes = base_config.num_hidden_layers, layout.experts, base_config.hidden_size
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            tensors = dict(merge_tensors(layout, readers, base_config, torch.empty(sizes, device="meta")))
-            read: Any = getattr(transformers, get(layout.family).architecture).from_pretrained(
-                None, config=config, state_dict=tensors, device_map="meta", ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )  # fmt: skip
-        except InputError:
-            raise
-        except (
-            Exception
-        ) as error:  # other people's code, and how a class fails on tensors that are not its own
-            raise _broken_family(layout, f"cannot be read ({str(error).splitlines()[0][:200]})") from error
+    try:
+        tensors = dict(merge_tensors(layout, readers, base_config, torch.empty(sizes, device="meta")))
+        read: Any = getattr(transformers, get(layout.family).architecture).from_pretrained(
+            None, config=config, state_dict=tensors, device_map="meta", ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    except InputError:
+        raise
+    except Exception as error:  # other people's code, and how a class fails on tensors that are not its own
+        raise _broken_family(layout, f"cannot be read ({first_line(error)})") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found := sorted(read[1][problem], key=str):
             raise _broken_family(layout, f"has {len(found)} {problem.replace('_', ' ')}, such as {found[0]}")

@@ -28,8 +28,11 @@ from transformers.integrations import TensorBoardCallback
 
 from deepfusion import progress
 from deepfusion.errors import InputError
+from deepfusion.folders import write_whole
 
 WEIGHTS = "trained.safetensors"
+FILES = "files.json"
+"""Of a checkpoint: how long each of its files is; written last."""
 COUNTS = ("tokens", "flops")
 """What a module returns of these is added up between two logged rows; of everything else the mean is logged."""
 
@@ -191,6 +194,9 @@ class _Clock(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+        write_whole(folder / FILES, json.dumps(sizes))
         self.last = time.monotonic()
         self.wait = max(self.least, 20 * (self.last - self.asked))
 
@@ -254,13 +260,16 @@ class _Lines(TrainerCallback):
 
 
 def _last_checkpoint(work: Path) -> str | None:
-    """The newest checkpoint that was written to its end: Trainer writes its state file last."""
+    """The newest checkpoint that is as it was written: with all of its files, each as long as it was."""
     for folder in sorted(
         work.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True
     ):
         try:
             json.loads((folder / "trainer_state.json").read_text("utf-8"))
-        except (OSError, ValueError):
+            sizes = json.loads((folder / FILES).read_text("utf-8"))
+            whole = all((folder / name).stat().st_size == size for name, size in sizes.items())
+        except (OSError, ValueError, AttributeError):
             continue
-        return os.fspath(folder)
+        if whole:
+            return os.fspath(folder)
     return None
