@@ -191,6 +191,11 @@ def _deal(
             parts[name] += share
     others = [name for name in parts if name not in own]
     pool = [document for source in common if source not in users for document in kept[source]]
+    if pool and not others:
+        raise InputError(
+            f"nobody would get its {len(pool)} private documents, for every device names its own data",
+            where="data.private", fix="leave data.private out, or a device's data", code="contradiction",
+        )  # fmt: skip
     if others:
         if len(pool) < LEAST * len(others):
             raise InputError(
