@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import current_process
 from pathlib import Path
+
+from transformers.utils import logging
 
 from deepfusion import pipeline
 from deepfusion.config import CONFIGS, load_config
@@ -42,7 +46,8 @@ def run(
     """
     _end_a_copy()
     settings = config if isinstance(config, Config) else load_config(config)
-    pipeline.run(settings, Path(out), first=first, last=last)
+    with _quiet():
+        pipeline.run(settings, Path(out), first=first, last=last)
     return Path(out)
 
 
@@ -84,7 +89,8 @@ def fuse(
     settings = (
         config if isinstance(config, Config) else load_config(config or CONFIGS / "fuse.yaml", overrides)
     )
-    pipeline.run(settings, Path(out), instead=[pipeline.given(Path(folder))], first=first, last=last)
+    with _quiet():
+        pipeline.run(settings, Path(out), instead=[pipeline.given(Path(folder))], first=first, last=last)
     return Path(out)
 
 
@@ -94,3 +100,21 @@ def _end_a_copy() -> None:
     """
     if getattr(current_process(), "_inheriting", False):
         raise SystemExit(1)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars by which libraries show their own steps, here and in worker processes, which inherit the
+    environment.
+    """
+    name = "HF_HUB_DISABLE_PROGRESS_BARS"
+    said, shown = os.environ.get(name), logging.is_progress_bar_enabled()
+    os.environ.setdefault(name, "1")
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if said is None:
+            os.environ.pop(name, None)
+        if shown:
+            logging.enable_progress_bar()

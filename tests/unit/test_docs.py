@@ -268,6 +268,7 @@ def test_examples_run(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "Question: Which vitamin" in done.stdout
+    assert "%|" not in done.stderr, "bars of libraries"
 
     call = (
         f"import own_methods; from pathlib import Path; own_methods.main(Path('own'), {[*few, 'jobs=2']!r})"
