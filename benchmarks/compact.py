@@ -16,7 +16,8 @@ from typing import Any, get_args
 from deepfusion import progress
 from deepfusion.config import load_config
 from deepfusion.models.compact import DELTA, open_base, open_whole, write_delta
-from deepfusion.schema import Config, Encoding
+from deepfusion.schema import Config
+from deepfusion.sections import Encoding
 from deepfusion.stages import evaluate, proxy, registry
 from deepfusion.uploads.card import read_card, write_card
 

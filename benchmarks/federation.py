@@ -25,7 +25,7 @@ from deepfusion.config import load_config
 from deepfusion.federation import identity
 from deepfusion.federation.server.home import Home
 from deepfusion.records import Card
-from deepfusion.schema import DeviceSpec
+from deepfusion.sections import DeviceSpec
 from deepfusion.uploads.card import write_card
 
 SIMULATED, REAL = 128, 8

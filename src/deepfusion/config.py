@@ -15,7 +15,8 @@ from pydantic import AfterValidator, BaseModel, ValidationError
 from deepfusion import plugins, progress
 from deepfusion.errors import InputError
 from deepfusion.folders import write_whole
-from deepfusion.schema import Config, DeviceSpec, Named, effective_handover, without_effect
+from deepfusion.schema import Config, effective_handover, without_effect
+from deepfusion.sections import DeviceSpec, Named
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -344,4 +345,4 @@ def _type_name(kind: Any) -> str:
         return " | ".join(str(choice) for choice in get_args(kind))
     if isinstance(kind, type) and not get_args(kind):
         return kind.__name__
-    return str(kind).replace("typing.", "").replace("deepfusion.schema.", "").replace("NoneType", "None")
+    return str(kind).replace("typing.", "").replace("deepfusion.sections.", "").replace("NoneType", "None")

@@ -27,7 +27,7 @@ from pydantic import (
 from deepfusion.errors import InputError
 from deepfusion.folders import write_whole
 from deepfusion.names import DeviceId
-from deepfusion.schema import Encoder, Encoding, Method
+from deepfusion.sections import Encoder, Encoding, Method
 
 REDO = "redo the stage that writes it: --from STAGE"
 

@@ -10,7 +10,7 @@ import typer
 
 from deepfusion.errors import InputError
 from deepfusion.folders import claim_file, make, write_whole
-from deepfusion.schema import MOST_DEVICES, MOST_WORKERS
+from deepfusion.sections import MOST_DEVICES, MOST_WORKERS
 
 bench_app = typer.Typer(
     help="Tables against the baselines, made by runs that anybody can repeat.", no_args_is_help=True

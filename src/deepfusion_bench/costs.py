@@ -42,7 +42,7 @@ from deepfusion.models.architecture import architecture, parameter_total, read_c
 from deepfusion.models.loading import load_tokenizer
 from deepfusion.models.presets import LORA_TARGETS, METHODS, model_config
 from deepfusion.runfolder import hardware
-from deepfusion.schema import Encoding
+from deepfusion.sections import Encoding
 from deepfusion.text.rows import Document
 
 ROUNDS = 4

@@ -14,7 +14,8 @@ from conftest import overlay, run_settings
 from deepfusion import pipeline
 from deepfusion.config import known_keys
 from deepfusion.resume import Stage
-from deepfusion.schema import Config, Section
+from deepfusion.schema import Config
+from deepfusion.sections import Section
 
 # Read by a stage that does not declare it, and why its result does not depend on it.
 NO_RESULT = {

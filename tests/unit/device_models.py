@@ -19,7 +19,7 @@ from deepfusion.models.loading import load_model
 from deepfusion.models.presets import LORA_TARGETS, base_digest
 from deepfusion.models.signature import type_signature
 from deepfusion.records import Card, Cluster, Clusters, RegistryEntry, Similarity
-from deepfusion.schema import Encoding
+from deepfusion.sections import Encoding
 from deepfusion.uploads.card import write_card
 
 TEXT = ["the cat sat on the mat", "a dog ran over the hill and far away", "one two three four five six seven"]

@@ -17,6 +17,7 @@ FLOOR = (
         "errors",
         "names",
         "plugins",
+        "sections",
         "schema",
         "config",
         "progress",

@@ -18,7 +18,8 @@ from deepfusion.learning.align import SharedVocabulary, shared_vocabulary
 from deepfusion.learning.corpus import Window
 from deepfusion.learning.distillation import Collator, Distiller, LossWeights, Teacher
 from deepfusion.models.loading import load_model, load_tokenizer
-from deepfusion.schema import Config, VAASection
+from deepfusion.schema import Config
+from deepfusion.sections import VAASection
 from deepfusion.text.encoding import encode
 from deepfusion.text.rows import Document
 from deepfusion_bench.baselines import fedkmt, ofakd

@@ -31,7 +31,8 @@ from deepfusion.models.compact import (
 )
 from deepfusion.models.loading import load_model
 from deepfusion.records import Registry
-from deepfusion.schema import Config, DeviceSpec, Encoding
+from deepfusion.schema import Config
+from deepfusion.sections import DeviceSpec, Encoding
 from deepfusion.stages import evaluate
 from deepfusion.stages.device import train_device
 from deepfusion.text.rows import Document

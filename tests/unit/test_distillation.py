@@ -18,7 +18,7 @@ from deepfusion.errors import InputError
 from deepfusion.learning.corpus import Window
 from deepfusion.learning.distillation import Collator, Distiller, LossWeights, Teacher
 from deepfusion.models.loading import load_model, load_tokenizer
-from deepfusion.schema import VAASection
+from deepfusion.sections import VAASection
 from deepfusion.stages import distill
 from deepfusion.text.encoding import encode
 from deepfusion.text.rows import Document, Turn, conversation

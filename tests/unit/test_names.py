@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from deepfusion.names import MAX_BYTES, MAX_CHARACTERS, device_id, device_ids, is_device_id
 from deepfusion.records import Card
-from deepfusion.schema import DeviceSpec
+from deepfusion.sections import DeviceSpec
 
 NASTY = [
     *(

@@ -20,7 +20,7 @@ from deepfusion.federation.device import transfer
 from deepfusion.federation.device.transfer import hand_in
 from deepfusion.federation.offer import read_offer
 from deepfusion.federation.server.sinks import S3Sink
-from deepfusion.schema import S3Section
+from deepfusion.sections import S3Section
 from deepfusion.uploads.card import read_card, write_card
 
 WEIGHTS = "model.safetensors"

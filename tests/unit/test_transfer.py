@@ -23,7 +23,7 @@ from deepfusion.federation.device.transfer import hand_in
 from deepfusion.federation.server import uploads
 from deepfusion.federation.server.gateway import create_app
 from deepfusion.federation.server.home import Home
-from deepfusion.schema import FederationSection
+from deepfusion.sections import FederationSection
 
 WEIGHTS = "model.safetensors"
 MIB = 2**20

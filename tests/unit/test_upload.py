@@ -31,7 +31,7 @@ from deepfusion.models.compact import FORMAT, open_base, write_delta
 from deepfusion.models.loading import load_model
 from deepfusion.models.signature import type_signature
 from deepfusion.records import Card
-from deepfusion.schema import Encoding
+from deepfusion.sections import Encoding
 from deepfusion.uploads.adopt import adopt_checkpoint
 from deepfusion.uploads.card import CARD, read_card, weights_digest, write_card
 from deepfusion.uploads.check import check_upload

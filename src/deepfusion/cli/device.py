@@ -14,7 +14,7 @@ from rich.table import Table
 from deepfusion.cli.shared import ConfigFile, Json, Overrides, need_flower, print_json
 from deepfusion.config import load_config
 from deepfusion.errors import InputError
-from deepfusion.schema import MOST_BATCH
+from deepfusion.sections import MOST_BATCH
 
 device_app = typer.Typer(help="One device, on its own machine.", no_args_is_help=True)
 
@@ -90,7 +90,7 @@ def device_check(
     upload: Annotated[Path, typer.Argument(help="an upload folder")], json_: Json = False
 ) -> None:
     """Validate an upload folder as the server will."""
-    from deepfusion.schema import FederationSection
+    from deepfusion.sections import FederationSection
     from deepfusion.uploads.check import check_upload
 
     problems = check_upload(upload, FederationSection().max_upload_bytes)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from deepfusion.cli.shared import Json, print_json
 from deepfusion.errors import InputError
-from deepfusion.schema import MOST_BATCH, MOST_CHARS, MOST_DOCUMENTS, MOST_SEED
+from deepfusion.sections import MOST_BATCH, MOST_CHARS, MOST_DOCUMENTS, MOST_SEED
 
 model_app = typer.Typer()
 

@@ -31,7 +31,7 @@ from deepfusion.learning.corpus import Window
 from deepfusion.learning.losses import Coefficients, Projection, distillation_losses, load_balance
 from deepfusion.learning.vaa import ViewAlignedAttention, block_ends, span_pooling
 from deepfusion.models.loading import context_limit, load_model, load_tokenizer
-from deepfusion.schema import VAASection
+from deepfusion.sections import VAASection
 from deepfusion.text.encoding import Encoded, encode
 from deepfusion.text.rows import Document
 

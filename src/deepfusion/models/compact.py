@@ -23,7 +23,7 @@ from deepfusion.errors import InputError
 from deepfusion.models.architecture import architecture, read_config, stored_dtype
 from deepfusion.models.checkpoints import TensorReader, WholeModel
 from deepfusion.models.presets import require_plain, resolve
-from deepfusion.schema import Encoding
+from deepfusion.sections import Encoding
 
 DELTA = "delta.safetensors"
 BLOCK = 64

@@ -35,7 +35,8 @@ from deepfusion.models.signature import type_signature
 from deepfusion.names import check_device_id, device_id
 from deepfusion.records import Card
 from deepfusion.report.artefacts import write_transport
-from deepfusion.schema import Config, DeviceSection, DeviceSpec, Encoding, cluster_count
+from deepfusion.schema import Config, cluster_count
+from deepfusion.sections import DeviceSection, DeviceSpec, Encoding
 from deepfusion.text.embedding import embed
 from deepfusion.text.rows import Document
 from deepfusion.text.sources import load_source, local_files, shuffled

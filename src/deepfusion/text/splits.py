@@ -13,7 +13,8 @@ import numpy as np
 from deepfusion import progress
 from deepfusion.errors import InputError
 from deepfusion.names import device_ids
-from deepfusion.schema import Config, DeviceSpec
+from deepfusion.schema import Config
+from deepfusion.sections import DeviceSpec
 from deepfusion.text.partition import partition
 from deepfusion.text.rows import Document
 from deepfusion.text.sources import choose, expand_source, load_source, shuffled, unique

@@ -14,7 +14,7 @@ from deepfusion.models.checkpoints import copy_tokenizer
 from deepfusion.models.loading import load_model, load_tokenizer
 from deepfusion.models.signature import type_signature
 from deepfusion.records import Card
-from deepfusion.schema import Encoder
+from deepfusion.sections import Encoder
 from deepfusion.uploads.card import write_card
 
 

@@ -69,7 +69,8 @@ from deepfusion.models.loading import (
     resolve_precision,
 )
 from deepfusion.report.artefacts import write_model_card
-from deepfusion.schema import Config, Section
+from deepfusion.schema import Config
+from deepfusion.sections import Section
 from deepfusion.text.splits import make_splits
 from deepfusion.text.windows import cut_windows
 

@@ -33,7 +33,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deepfusion.learning.align import AlignedBatch, SharedVocabulary
 from deepfusion.learning.distillation import Distiller, Group, LossWeights, Teacher
 from deepfusion.models.loading import load_tokenizer
-from deepfusion.schema import Config, Section, VAASection
+from deepfusion.schema import Config
+from deepfusion.sections import Section, VAASection
 from deepfusion_bench.baselines.shared import distill_with, in_blocks, teacher_output, weighed, weighted_mean
 
 CANDIDATES = 256

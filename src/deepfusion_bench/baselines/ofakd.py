@@ -26,7 +26,8 @@ from deepfusion.learning.align import SharedVocabulary
 from deepfusion.learning.distillation import Distiller, Group, LossWeights, Teacher
 from deepfusion.learning.losses import comparable_columns
 from deepfusion.learning.vaa import block_ends
-from deepfusion.schema import Config, Section, VAASection
+from deepfusion.schema import Config
+from deepfusion.sections import Section, VAASection
 from deepfusion_bench.baselines.shared import distill_with, in_blocks, teacher_output, weighed, weighted_mean
 
 

@@ -23,7 +23,8 @@ from deepfusion.federation.server.ledger import Ledger
 from deepfusion.jobs import run_jobs
 from deepfusion.pipeline import STAGES, Stage
 from deepfusion.report.artefacts import write_transport
-from deepfusion.schema import Config, DeviceSpec
+from deepfusion.schema import Config
+from deepfusion.sections import DeviceSpec
 from deepfusion.text.rows import Document
 
 

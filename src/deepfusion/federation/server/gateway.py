@@ -32,7 +32,7 @@ from deepfusion.federation.server.home import Home
 from deepfusion.federation.server.ledger import Ledger
 from deepfusion.federation.server.sinks import S3Sink
 from deepfusion.federation.server.uploads import Refusal, Upload, Uploads
-from deepfusion.schema import FederationSection
+from deepfusion.sections import FederationSection
 
 # What devices need of Flower. Whoever reaches its Control API can give orders, so all else of it does not exist here.
 FLEET_CALLS = (

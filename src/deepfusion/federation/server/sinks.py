@@ -9,7 +9,7 @@ from typing import Any
 
 from deepfusion.errors import InputError
 from deepfusion.federation.offer import Offer, OfferedFile
-from deepfusion.schema import S3Section
+from deepfusion.sections import S3Section
 
 URL_SECONDS = 3600
 _PARTS_AT_ONCE = 8  # few enough for a slow device to send them while the addresses are good
