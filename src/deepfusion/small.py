@@ -80,7 +80,8 @@ def _make(name: str, folder: Path, work: Path, steps: int) -> None:
     weights = LossWeights(ce=0.5, beta=1.0, chunk=0.0 if teacher.vocabulary.identical else 0.1)
     train(
         Distiller(student, weights, {0: teacher}), [[windows[i] for i in batch] for batch in order],
-        Collator(tokenizer, {0: teacher}, 1.0, None), stage="models", unit=name, work=work / "train",
+        Collator(tokenizer, {0: teacher}, 1.0, None, precision=precision),
+        stage="models", unit=name, work=work / "train",
         learning_rate=LEARNING_RATE, precision=precision, seed=0, checkpoint_seconds=60,
     )  # fmt: skip
     after = _bits(name, "healed", work, student, tokenizer, held_out)

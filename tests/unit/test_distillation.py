@@ -16,7 +16,7 @@ from deepfusion import progress
 from deepfusion.config import parse_config
 from deepfusion.errors import InputError
 from deepfusion.learning.corpus import Window
-from deepfusion.learning.distillation import Collator, Distiller, LossWeights, Teacher
+from deepfusion.learning.distillation import BF16_TOKENS, Collator, Distiller, LossWeights, Teacher
 from deepfusion.models.loading import load_model, load_tokenizer
 from deepfusion.sections import VAASection
 from deepfusion.stages import distill
@@ -71,6 +71,23 @@ def test_cross_entropy_alone_is_the_weighted_mean_over_tokens(student_folder):
     torch.testing.assert_close(found["loss"], total / weight)
     torch.testing.assert_close(found["ce"], found["loss"])
     assert int(found["tokens"]) == sum(len(encode(collator.tokenizer, d.document).input_ids) for d in batch)
+
+
+@pytest.mark.parametrize("limit", [None, 128, 40])
+def test_batches_of_bf16_have_few_lengths_and_padding_changes_no_loss(student_folder, zoo, limit):
+    vaa = VAASection(blocks=1, patches=4, width=8, heads=2)
+    weights = LossWeights(alpha=1.0, beta=1.0, chunk=1.0)
+    module, plain = distiller(student_folder, {0: zoo["mini-llama"]}, weights, vaa)
+    plain.max_tokens = limit
+    padded = Collator(plain.tokenizer, plain.teachers, 0.5, limit, vaa, "bf16")
+    batch = documents(0, 0, None)
+    length, multiple = (collate(batch)["input_ids"].shape[1] for collate in (plain, padded))
+    assert multiple == min(-(-length // BF16_TOKENS) * BF16_TOKENS, limit or 10**6)
+    assert padded(batch)["groups"][0].teacher_ids.shape[1] % BF16_TOKENS == 0
+    expected, found = step(module, plain, batch), step(module, padded, batch)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-5)
 
 
 def test_a_teacher_equal_to_the_student_leaves_no_divergence(student_folder):

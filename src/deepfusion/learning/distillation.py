@@ -35,6 +35,8 @@ from deepfusion.sections import VAASection
 from deepfusion.text.encoding import Encoded, encode
 from deepfusion.text.rows import Document
 
+BF16_TOKENS = 32
+
 
 @dataclass(frozen=True)
 class LossWeights:
@@ -88,6 +90,8 @@ class Collator:
         prompt_weight: weight of prompt tokens in the losses.
         max_tokens: context of the student; a teacher's own context limits what it reads.
         vaa: None without feature matching.
+        precision: of the computation. In bf16 batches are padded to a multiple of `BF16_TOKENS` tokens, since on a CPU
+            memory is kept for every new shape of a product.
     """
 
     def __init__(
@@ -97,8 +101,10 @@ class Collator:
         prompt_weight: float,
         max_tokens: int | None,
         vaa: VAASection | None = None,
+        precision: str = "fp32",
     ) -> None:
         self.tokenizer, self.teachers, self.vaa = tokenizer, teachers, vaa
+        self.multiple = BF16_TOKENS if precision == "bf16" else 1
         self.prompt_weight, self.max_tokens = prompt_weight, max_tokens
 
     def __call__(self, windows: Sequence[Window]) -> dict[str, Any]:
@@ -109,7 +115,7 @@ class Collator:
                 "lose their end in training"
             )
             progress.say_once(f"[data] {cut}; a lower data.max_chars cuts them into several")
-        input_ids, mask = _pad([e.input_ids for e in encoded], self.tokenizer)
+        input_ids, mask = _pad([e.input_ids for e in encoded], self.tokenizer, self.multiple, self.max_tokens)
         rows_of: dict[tuple[int | None, bool], list[int]] = {}
         for row, document in enumerate(windows):
             teacher = document.teacher if document.teacher in self.teachers else None
@@ -139,7 +145,7 @@ class Collator:
         documents = [windows[row].document for row in rows]
         theirs = [encode(guide.tokenizer, document, 0.0, limit) for document in documents]
         alignments = [_alignment(guide, *read) for read in zip(documents, own, theirs, strict=True)]
-        teacher_ids, teacher_mask = _pad([t.input_ids for t in theirs], guide.tokenizer)
+        teacher_ids, teacher_mask = _pad([t.input_ids for t in theirs], guide.tokenizer, self.multiple, limit)
         group = Group(
             teacher,
             sampled,
@@ -308,9 +314,15 @@ def _end(encoded: Encoded) -> int:
     return int(encoded.offsets[:, 1].max(initial=0))
 
 
-def _pad(sequences: list[np.ndarray], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-    """int64 ids [B, T] and mask [B, T], padded on the right; what the padding holds is masked out."""
-    length = max(len(sequence) for sequence in sequences)
+def _pad(
+    sequences: list[np.ndarray], tokenizer: PreTrainedTokenizerBase, multiple: int, limit: int | None
+) -> tuple[Tensor, Tensor]:
+    """int64 ids [B, T] and mask [B, T], padded on the right to a `multiple` of tokens, if not beyond the `limit` of the
+    model; what the padding holds is masked out.
+    """
+    longest = max(len(sequence) for sequence in sequences)
+    length = -(-longest // multiple) * multiple
+    length = length if limit is None else max(min(length, limit), longest)
     ids = torch.full((len(sequences), length), tokenizer.eos_token_id or 0)
     mask = torch.zeros((len(sequences), length), dtype=torch.long)
     for row, sequence in enumerate(sequences):

@@ -252,7 +252,7 @@ def _learn(
     train(
         Distiller(student, LossWeights()),
         [[windows[i] for i in batch] for batch in order],
-        Collator(tokenizer, {}, config.data.prompt_loss_weight, context_limit(student)),
+        Collator(tokenizer, {}, config.data.prompt_loss_weight, context_limit(student), precision=precision),
         stage="device",
         unit=unit,
         work=work,

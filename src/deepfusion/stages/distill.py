@@ -149,7 +149,14 @@ def distill(
             history = train(
                 method(student, weights, teachers, vaa, config.seed),
                 [[windows[i] for i in batch] for batch in order],
-                Collator(tokenizer, teachers, config.data.prompt_loss_weight, context_limit(student), vaa),
+                Collator(
+                    tokenizer,
+                    teachers,
+                    config.data.prompt_loss_weight,
+                    context_limit(student),
+                    vaa,
+                    precision,
+                ),
                 stage="distill",
                 unit=unit,
                 work=work,

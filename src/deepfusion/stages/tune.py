@@ -101,7 +101,9 @@ def tune(
     history = train(
         Distiller(student, weights, teachers),
         [[windows[i] for i in batch] for batch in order],
-        Collator(tokenizer, teachers, config.data.prompt_loss_weight, context_limit(student)),
+        Collator(
+            tokenizer, teachers, config.data.prompt_loss_weight, context_limit(student), precision=precision
+        ),
         stage="tune",
         unit=unit,
         work=work,
