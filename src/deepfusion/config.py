@@ -51,11 +51,13 @@ def load_config(
     overrides: Sequence[str] = (),
     *,
     renamed: Mapping[str, str] = RENAMED,
+    for_many: bool = False,
 ) -> Config:
     """Read a config file (None: the quickstart) and apply `key=value` overrides, whose values are YAML.
 
     Args:
         renamed: old names of keys and sections, and their new ones; whoever uses an old one is warned.
+        for_many: the overrides are meant for several configs, and not each has to read all of them.
 
     Raises:
         InputError: missing or malformed file, unknown key (with the nearest valid one), wrong type or value, or
@@ -93,7 +95,7 @@ def load_config(
         del layered["clustering"]["proxies"]  # fuse.yaml has as many as fit: it gives way to what a user sets
     config = parse_config(layered, path, given)
     defaults = {key: default for key, _, default, _ in explain()} if given else {}
-    for override in given:
+    for override in [] if for_many else given:
         key, _, value = override.partition("=")
         wish, usual = _parse_value(value, override), defaults.get(key)
         by_recipe = _has(RECIPES.get(config.recipe, {}), key)

@@ -79,11 +79,11 @@ class Cell:
 
         The optimizer steps of all devices together stay as with the case's own number of them.
         """
-        stated = load_config(self.file, self.shared)
+        stated = load_config(self.file, self.shared, for_many=True)
         assert isinstance(stated.devices, int)
         steps = max(1, round(stated.device.steps * stated.devices / self.devices))
         fixed = (f"seed={self.seed}", f"devices={self.devices}", f"device.steps={steps}", "jobs=1")
-        return load_config(self.file, [*self.shared, *fixed, *overrides])
+        return load_config(self.file, [*self.shared, *fixed, *overrides], for_many=True)
 
 
 def run_cells(

@@ -137,6 +137,7 @@ def test_what_nothing_reads_is_refused(overrides, why):
     assert error.what.startswith(f"{overrides[-1].partition('=')[0]} has no effect: ")
     assert why in error.what
     assert load_config(overrides=overrides[:-1])
+    assert load_config(overrides=overrides, for_many=True)
 
 
 def test_keys_that_may_be_without_effect_are_keys():
