@@ -16,6 +16,7 @@ import pytest
 import rich
 import torch
 import yaml
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -34,6 +35,10 @@ from deepfusion import pipeline, progress
 from deepfusion.cli import main
 from deepfusion.config import load_config
 from deepfusion.digests import sha256_file
+
+# No test may fail for the speed of the machine.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 torch.set_num_threads(1)
 progress.to_terminal()  # as the command line does: what is said is on stderr, whichever test comes first
