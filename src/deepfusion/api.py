@@ -14,6 +14,7 @@ from deepfusion import pipeline
 from deepfusion.config import CONFIGS, load_config
 from deepfusion.errors import InputError
 from deepfusion.schema import Config
+from deepfusion.sections import within
 
 _OF_DEVICES = (
     "devices", "data.partition", "federation.wait_for", "federation.deadline",
@@ -81,7 +82,7 @@ def fuse(
         raise ValueError("overrides are for load_config, where the config is made")
     for override in overrides:
         key = override.partition("=")[0].strip()
-        if any(key == one or key.startswith(f"{one}.") for one in _OF_DEVICES):
+        if within(key, _OF_DEVICES):
             raise InputError(
                 f"{key} has no effect: the models that are given were trained by others", where=f"--set {override}",
                 fix=f"leave out --set {key}", code="contradiction",

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from deepfusion import plugins, progress
 from deepfusion.errors import InputError
 from deepfusion.folders import write_whole
 from deepfusion.schema import Config, effective_handover, without_effect
-from deepfusion.sections import DeviceSpec, Named
+from deepfusion.sections import DeviceSpec, within
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -151,17 +151,7 @@ def explain(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple
             yield key, shown, defaults.get(name), field.description or ""
 
 
-def _named(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, plugins.Group]]:
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from _named(kind, f"{prefix}{name}.")
-        for check in field.metadata:
-            if isinstance(check, AfterValidator) and isinstance(check.func, Named):
-                yield f"{prefix}{name}", check.func.group
-
-
-NAMED = dict(_named(Config))
+NAMED = {key: group for group, key in plugins.KEYS.items()}
 """The keys that name something of `plugins`, with its group."""
 
 
@@ -242,7 +232,7 @@ def current_name(key: str, renamed: Mapping[str, str] = RENAMED) -> str:
 
 
 def _renamed_part(key: str, renamed: Mapping[str, str]) -> str | None:
-    return next((old for old in renamed if f"{key}.".startswith(f"{old}.")), None)
+    return next((old for old in renamed if within(key, [old])), None)
 
 
 def rename_keys(

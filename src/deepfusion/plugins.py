@@ -69,15 +69,16 @@ def load(group: Group, name: str) -> Any:
     """
     if (group, name) in _registered:
         return _checked(group, name, _registered[group, name], "this program")
-    point = _declared(group)[name]
-    if len(packages := _packages(group)[name]) > 1:
-        what = f"is declared by several packages ({', '.join(packages)})"
-        raise _broken(group, name, packages[-1], what)
-    package = f"the package {point.dist.name if point.dist else point.module}"
+    points = _declared(group)[name]
+    (package, point), *others = points.items()
+    if others:
+        what = f"is declared by several packages ({', '.join(points)})"
+        raise _broken(group, name, f"the package {others[-1][0]}", what)
+    package = f"the package {package}"
     try:
         found = point.load()
     except Exception as error:
-        if point.module.partition(".")[0] == __package__:
+        if _own_module(point.module):
             raise
         raise _broken(group, name, package, f"cannot be loaded ({_said(error)})") from error
     return _checked(group, name, found, package)
@@ -114,11 +115,8 @@ def version(found: Any) -> str:
     name = qualified_name(found)
     if is_ours(found):
         return name
-    parts = [found.func if isinstance(found, partial) else found]
-    if not hasattr(parts[0], "__qualname__"):
-        parts = [type(found), *(value for value in vars(found).values() if callable(value))]
     try:
-        source = "".join(inspect.getsource(part) for part in parts)
+        source = "".join(inspect.getsource(part) for part in _parts(found))
     except (OSError, TypeError):
         return name
     return f"{name} {hashlib.sha256(source.encode()).hexdigest()[:16]}"
@@ -144,23 +142,37 @@ def _said(error: Exception) -> str:
 
 
 def is_ours(found: Any) -> bool:
-    """Whether a function, class or object, with all that is bound to it, is of this package."""
+    """Whether a function, class or object, with all functions that are bound to it, is of this package."""
+    return all(_own_module(part.__module__) for part in _parts(found))
+
+
+def _own_module(name: str) -> bool:
+    return name.partition(".")[0] in (__package__, f"{__package__}_bench")
+
+
+def _parts(found: Any) -> list[Any]:
+    """The functions and classes of which something consists."""
     if isinstance(found, partial):
-        found = found.func
-    owners = [found] if hasattr(found, "__qualname__") else [type(found), *vars(found).values()]
-    modules = [getattr(owner, "__module__", None) for owner in owners if callable(owner)]
-    return all(str(module).partition(".")[0] in (__package__, f"{__package__}_bench") for module in modules)
+        return [
+            part
+            for one in (found.func, *found.args, *found.keywords.values())
+            if callable(one)
+            for part in _parts(one)
+        ]
+    if hasattr(found, "__qualname__"):
+        return [found]
+    return [
+        type(found),
+        *(part for value in vars(found).values() if callable(value) for part in _parts(value)),
+    ]
 
 
 def _file(found: Any) -> str:
-    """The source file of whatever of an object is not of this package."""
-    if isinstance(found, partial):
-        found = found.func
-    owners = [found] if hasattr(found, "__qualname__") else [*vars(found).values(), type(found)]
-    for owner in owners:
-        if callable(owner) and not str(getattr(owner, "__module__", "")).startswith(f"{__package__}."):
+    """The source file of what is not of this package in it."""
+    for part in _parts(found):
+        if not _own_module(part.__module__):
             try:
-                return inspect.getsourcefile(owner) or ""
+                return inspect.getsourcefile(part) or ""
             except TypeError:
                 continue
     return ""
@@ -179,14 +191,12 @@ def qualified_name(found: Any) -> str:
 
 
 @lru_cache
-def _packages(group: Group) -> dict[str, list[str]]:
-    """Of each name the packages that declare it, this one first."""
-    found: dict[str, set[str]] = {}
+def _declared(group: Group) -> dict[str, dict[str, EntryPoint]]:
+    """Of each name the entry points that declare it, by package, this one first."""
+    found: dict[str, dict[str, EntryPoint]] = {}
     for point in entry_points(group=f"deepfusion.{group}"):
-        found.setdefault(point.name, set()).add(point.dist.name if point.dist else point.module)
-    return {name: sorted(those, key=lambda one: (one != __package__, one)) for name, those in found.items()}
-
-
-@lru_cache
-def _declared(group: Group) -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=f"deepfusion.{group}")}
+        found.setdefault(point.name, {})[point.dist.name if point.dist else point.module] = point
+    return {
+        name: dict(sorted(those.items(), key=lambda one: (one[0] != __package__, one[0])))
+        for name, those in found.items()
+    }

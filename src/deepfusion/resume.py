@@ -24,6 +24,7 @@ from deepfusion.inputs import data_files, data_versions, device_types, private_s
 from deepfusion.manifest import SCHEMA_VERSION, Key, Manifest
 from deepfusion.models.presets import checkpoint_version, hub_name
 from deepfusion.schema import Config, effective_handover
+from deepfusion.sections import within
 
 DEVICES = "devices"
 """Where uploads come from, unless they were given."""
@@ -91,7 +92,7 @@ def _settings(config: Config, keys: tuple[str, ...]) -> dict[str, Any]:
     """The values of config keys and of all keys in sections; long ones as their digest."""
     found = {}
     for key in known_keys():
-        if any(key == one or key.startswith(f"{one}.") for one in keys):
+        if within(key, keys):
             value = attrgetter(key)(config)
             if key in _EFFECTIVE:
                 value = _EFFECTIVE[key](config)

@@ -115,12 +115,12 @@ class RunFolder:
             asked = entry.key  # what could not be known then may be known now
         made = entry.status in ("done", "outdated")
         kept = made and not changed and not redo and stage.name not in _REDONE
-        if kept and (altered := [f"{name} was changed since" for name in self._altered(entry)]):
-            if stage.name in _UPLOADS:
-                progress.say(f"[{stage.name}] {'; '.join(altered)}: the registry looks at each upload")
+        if kept and (otherwise := self._otherwise(entry)):
+            if stage.name in _UPLOADS and all((self.path / path).exists() for path in entry.digests):
+                progress.say(f"[{stage.name}] {'; '.join(otherwise)}: the registry looks at each upload")
             else:
-                changed, kept = altered, False
-        if kept and all((self.path / path).exists() for path in entry.digests):
+                changed, kept = otherwise, False
+        if kept:
             entry.status = "done"
             remove(self._work(stage))  # of a run that was killed while it cleaned up
             progress.say(f"[{stage.name}] unchanged, done in {progress.duration(entry.seconds or 0)} before")
@@ -151,14 +151,15 @@ class RunFolder:
                 entry.status = "outdated" if outdated else "done"
         self.write()
 
-    def _altered(self, entry: StageEntry) -> list[str]:
-        """The outputs that are there, but not as the stage made them."""
-        places = ((name, self.path / name, digest) for name, digest in entry.digests.items())
-        return [
-            name
-            for name, place, digest in places
-            if os.path.lexists(place) and tree_digest(place, self.digests.sha256) != digest
-        ]
+    def _otherwise(self, entry: StageEntry) -> list[str]:
+        """What is said of outputs that are not there as the stage made them."""
+        found = []
+        for name, digest in entry.digests.items():
+            if not (self.path / name).exists():
+                found.append(f"{name} is missing")
+            elif tree_digest(self.path / name, self.digests.sha256) != digest:
+                found.append(f"{name} was changed since")
+        return found
 
     def _status(self, output: str) -> str:
         """Of the stage that makes this output."""

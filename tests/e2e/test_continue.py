@@ -173,6 +173,9 @@ def test_a_damaged_output_is_made_again(place, first, damage):
         path.write_bytes(content)
     found = go_on()
     assert first not in kept(found)
+    assert (RUN / "log.txt").read_text("utf-8").count(
+        f"[{first}] begins anew: {place.partition('/')[0]}"
+    ) == 1
     assert kept(found)[: NAMES.index(first)] == list(NAMES[: NAMES.index(first)])
     after = digests(RUN, "proxies", "bases", "moe")
     assert {name: digest for name, digest in after.items() if ".kept-" not in name} == before

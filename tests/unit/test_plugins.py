@@ -131,12 +131,12 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         module = points_to.replace("tools", f"tools_{tmp_path.name}", 1)
         (info / "entry_points.txt").write_text(f"[deepfusion.{group}]\nmine = {module}\n")
         monkeypatch.syspath_prepend(tmp_path)
-        for cached in (plugins._declared, plugins._packages):
+        for cached in [plugins._declared]:
             cached.cache_clear()
 
     yield install
     monkeypatch.undo()
-    for cached in (plugins._declared, plugins._packages):
+    for cached in [plugins._declared]:
         cached.cache_clear()
     sys.modules.pop(f"tools_{tmp_path.name}", None)
 
@@ -246,14 +246,14 @@ def test_a_name_that_two_packages_declare_is_refused_where_it_is_used(
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tools\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[deepfusion.clusterings]\nkmeans = tools:kmeans\n")
     monkeypatch.syspath_prepend(tmp_path)
-    for cached in (plugins._declared, plugins._packages):
+    for cached in [plugins._declared]:
         cached.cache_clear()
     try:
         line = refused("plugin-broken", lambda: plugins.load("clusterings", "kmeans"))
         assert "is declared by several packages (deepfusion, tools)" in line
         assert plugins.load("clusterings", "random")
     finally:
-        for cached in (plugins._declared, plugins._packages):
+        for cached in [plugins._declared]:
             cached.cache_clear()
 
 
@@ -263,6 +263,15 @@ def test_a_family_that_cannot_be_loaded_stops_nobody_who_does_not_name_it(packag
     assert families.of(config) is None
     assert families.get("qwen3_moe").name == "qwen3_moe"
     refused("plugin-broken", lambda: families.get("mine"))
+
+
+def test_what_is_bound_to_ours_counts_too() -> None:
+    assert plugins.is_ours(partial(Distiller, 3))
+    assert not plugins.is_ours(partial(Distiller, test_cluster.near))
+    assert plugins.is_ours(Average(plugins.load("averages", "uniform").weights))
+    assert not plugins.is_ours(Average(test_cluster.near))
+    assert not plugins.is_ours(Average(partial(test_cluster.near, 3)))
+    assert " " in plugins.version(partial(Distiller, test_cluster.near))
 
 
 def test_a_change_of_own_code_is_another_version(package: Any, tmp_path: Path) -> None:

@@ -137,3 +137,11 @@ def test_the_layers_that_do_least_are_left_out(tmp_path: Path) -> None:
     ids = torch.randint(3, 280, (1, 9))
     with torch.inference_mode():
         assert torch.allclose(shorter(ids).logits, model(ids).logits, atol=1e-5)
+
+
+def test_no_held_out_text_is_learned() -> None:
+    learned, held_out = small._texts()
+    beginnings = {document.text[: 4 * small.MAX_CHARS] for document in learned}
+    assert len(held_out) == small.HELD_OUT
+    assert not [document for document in held_out if document.text in beginnings]
+    assert len({document.text for document in learned}) == len(learned)

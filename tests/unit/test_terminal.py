@@ -484,7 +484,8 @@ def test_only_the_command_line_silences_warnings() -> None:
 
 def test_what_libraries_log_stays_off_the_terminal() -> None:
     code = (
-        "from deepfusion.cli import terminal; terminal.prepare(); import logging; log = logging.getLogger('a.library');"
+        "from deepfusion.cli import terminal; terminal.prepare();"
+        "import logging; log = logging.getLogger('some.package');"
         "log.warning('install something'); log.error('broken')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -82,7 +82,8 @@ def distillation_losses(
     vocabulary: SharedVocabulary | None = None,
     temperature: float = 1.0,
 ) -> TokenLosses:
-    """All losses on the output distributions for one batch; without a teacher, `kl` and `chunk` are 0.
+    """All losses on the output distributions for one batch; without a teacher, `kl` and `chunk` are 0, and so is
+    `chunk` where its coefficient is.
 
     Args:
         batch: which positions count and how the two sides correspond.
@@ -102,7 +103,7 @@ def distillation_losses(
     assert teacher_ids is not None
     assert vocabulary is not None
     chunk, pull = torch.zeros((), device=positions.device), None
-    if len(batch.chunk_weights):
+    if coefficients.chunk and len(batch.chunk_weights):  # they take a pass of their own
         at = batch.chunk_teacher_index
         theirs = _log_probs(teacher, at, teacher_ids.flatten()[at + 1])
         inside = (batch.student_chunk >= 0).nonzero().squeeze(-1)
